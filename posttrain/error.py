@@ -1,0 +1,18 @@
+"""What can go wrong, by whose hand: the three ways a command ends early, and their exit codes.
+
+Anything else that is raised is a crash: exit code 1, with a traceback in the log.
+"""
+
+EXIT_DONE = 0
+EXIT_CRASH = 1
+EXIT_USER = 2
+EXIT_GATE = 3
+EXIT_PREEMPTED = 75
+
+
+class UserError(Exception):
+    """The user's input is wrong: one line that says where, which value, and how to fix it. Exit code 2, no traceback."""
+
+
+class Preempted(Exception):
+    """A signal asked the work to stop, and its state is saved: run the same command again. Exit code 75."""
