@@ -1,8 +1,8 @@
 """Configuration: from a pipeline file and `key=value` overrides to checked, frozen objects. No torch, no network.
 
 A config class lists its fields with type, bound and one line of help: the line under a field is its docstring, and the
-only place where its help stands. What changes the bytes of a stage's output bears identity and is fingerprinted; what
-only says where and how fast (`Execution`) is not, by construction.
+only place where its help stands. What changes the bytes of a stage's output bears identity and is fingerprinted; a class
+whose fields only say where and how fast states `bears_identity = False`, and its fields never are.
 """
 
 import difflib
@@ -25,12 +25,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
     bears_identity: ClassVar[bool] = True
-
-
-class Execution(Config):
-    """Where and how fast, never what: its fields are left out of every fingerprint."""
-
-    bears_identity: ClassVar[bool] = False
+    """Whether the fields of this very class (not of those derived from it) change the bytes of an output."""
 
 
 class ModelSource(Config):
@@ -68,6 +63,8 @@ class DataSource(Config):
     """Share of the prompts that is held out. A prompt goes to one side whole, whatever rows it stands in."""
     part: Literal["train", "held_out", "all"] = "all"
     """Which side of the `held_out` split this source is."""
+    invalid_rows: Literal["error", "drop"] = "error"
+    """What happens to a row that does not fit its format: refuse the whole source, or leave the row out and say how many."""
     max_samples: int | None = Field(None, ge=1)
     """At most this many rows, drawn at random by `seed`; all by default."""
     seed: int = 0
@@ -95,8 +92,10 @@ class DataSource(Config):
         return self
 
 
-class LauncherConfig(Execution):
+class LauncherConfig(Config):
     """How a stage becomes processes on machines."""
+
+    bears_identity: ClassVar[bool] = False
 
     kind: Literal["local"] = "local"
     """`local`: processes on this machine, forked from one warm parent."""
@@ -232,7 +231,7 @@ def _yaml() -> Any:
 
 def _bears_identity(cls: type[Config], field: str) -> bool:
     owners = [base for base in cls.__mro__ if field in base.__dict__.get("__annotations__", {})]
-    return bool(owners[-1].bears_identity)  # type: ignore[attr-defined]
+    return bool(owners[0].__dict__.get("bears_identity", True))
 
 
 def _check_pin(name: str, revision: str | None, what: str) -> None:

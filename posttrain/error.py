@@ -14,5 +14,9 @@ class UserError(Exception):
     """The user's input is wrong: one line that says where, which value, and how to fix it. Exit code 2, no traceback."""
 
 
+class StageFailed(Exception):
+    """A stage crashed: which rank, its last words, and where its log is. Exit code 1."""
+
+
 class Preempted(Exception):
     """A signal asked the work to stop, and its state is saved: run the same command again. Exit code 75."""

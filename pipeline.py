@@ -1,0 +1,604 @@
+"""The runner, read top to bottom: Node -> plan -> decide -> execute -> commands. Imports no torch.
+
+    python pipeline.py plan configs/quickstart.yaml       what would run, and why
+    python pipeline.py run configs/quickstart.yaml        run what is not finished; safe to repeat
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from posttrain import artifact, disk, ledger
+from posttrain.config import DataSource, LauncherConfig, ModelSource, PipelineConfig, fields_help, identity, nearest, read_pipeline, validate
+from posttrain.error import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, StageFailed, UserError
+from posttrain.stage import ArtifactKind, Stage, StageConfig, load_stage
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+Action = Literal["run", "resume", "skip", "reuse", "rebuild", "drift", "running"]
+WORK: tuple[Action, ...] = ("run", "resume", "rebuild")
+
+
+# --- Node ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A source of the pipeline file, pinned to what it holds."""
+
+    name: str
+    source: ModelSource | DataSource
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """A stage of the pipeline file with its checked config, wired to what it reads."""
+
+    name: str
+    stage: Stage[Any]
+    config: StageConfig
+    inputs: Mapping[str, tuple["Node | Pinned", ...]]
+    num_processes: int
+    fingerprint: str
+    run: str
+    root: Path
+    directory: Path
+
+    @property
+    def reads(self) -> list["Node | Pinned"]:
+        """All inputs, of all roles."""
+        return [entry for entries in self.inputs.values() for entry in entries]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to be done about a node, and why."""
+
+    action: Action
+    why: str
+    build: str | None = None
+    """Id of the finished build that later stages would read; None where it is yet to be made."""
+    found: artifact.Artifact | None = field(default=None, repr=False)
+    """The build of another run, to be reused."""
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+def plan(config: PipelineConfig, root: Path) -> list[Node]:
+    """The stages of a pipeline, wired and fingerprinted, in order. Reads nothing but the hashes of its sources."""
+    hashes = disk.HashCache(root / ".hashes.json")
+    sources = {
+        name: Pinned(name, source, artifact.fingerprint_source(source, f"sources.{name}", hashes)) for name, source in config.sources.items()
+    }
+    hashes.save()
+    nodes: dict[str, Node] = {}
+    for name, raw in config.stages.items():
+        nodes[name] = _wire(name, dict(raw), config, {**sources, **nodes}, root)
+    return list(nodes.values())
+
+
+def _wire(name: str, raw: dict[str, Any], config: PipelineConfig, known: Mapping[str, Node | Pinned], root: Path) -> Node:
+    at = f"stages.{name}"
+    stage = load_stage(raw.pop("kind", name), at)
+    wires = raw.pop("inputs", {})
+    settings = validate(stage.config, raw, at)
+    inputs = _read_wires(f"{at}.inputs", wires, stage, config, known)
+    num_processes = settings.num_processes or config.launcher.num_processes or num_devices()
+    settings.check(num_processes, at)
+    recipe = {
+        "kind": stage.kind,
+        "version": stage.version,
+        "config": identity(settings),
+        "inputs": {role: [entry.fingerprint for entry in entries] for role, entries in inputs.items()},
+    }
+    return Node(name, stage, settings, inputs, num_processes, disk.hash_json(recipe), config.run, root, root / config.run / name)
+
+
+def _read_wires(
+    at: str, wires: object, stage: Stage[Any], config: PipelineConfig, known: Mapping[str, Node | Pinned]
+) -> dict[str, tuple[Node | Pinned, ...]]:
+    if not isinstance(wires, dict):
+        raise UserError(f"{at}: must map each of {', '.join(stage.inputs)} to a source or an earlier stage")
+    for role in wires:
+        if role not in stage.inputs:
+            raise UserError(f"{at}.{role}: {stage.kind} reads no such input; {nearest(str(role), list(stage.inputs))}")
+    inputs = {}
+    for role, wanted in stage.inputs.items():
+        if role not in wires:
+            raise UserError(f"{at}.{role}: missing; name a {wanted.kind}: {_candidates(wanted.kind, known)}")
+        names = wires[role] if isinstance(wires[role], list) else [wires[role]]
+        if not names or (len(names) > 1 and not wanted.many):
+            raise UserError(f"{at}.{role}: takes {'at least one name' if wanted.many else 'exactly one name'}, got {wires[role]!r}")
+        if len(set(map(str, names))) < len(names):
+            raise UserError(f"{at}.{role}: {wires[role]!r} names an input twice; name it once")
+        inputs[role] = tuple(_find(f"{at}.{role}", name, wanted.kind, config, known) for name in names)
+    return inputs
+
+
+def _find(at: str, name: object, kind: ArtifactKind, config: PipelineConfig, known: Mapping[str, Node | Pinned]) -> Node | Pinned:
+    if not isinstance(name, str) or name not in known:
+        if name in config.stages:
+            raise UserError(f"{at}: {name!r} does not stand above; an input must be a source or an earlier stage")
+        raise UserError(f"{at}: {name!r} is neither a source nor an earlier stage; {nearest(str(name), list(known))}")
+    entry = known[name]
+    if kind not in _kinds(entry):
+        raise UserError(f"{at}: {name!r} is a {_kinds(entry)[0]}, not a {kind}; {_candidates(kind, known)} would fit")
+    return entry
+
+
+def _kinds(entry: Node | Pinned) -> list[ArtifactKind]:
+    if isinstance(entry, Node):
+        return [entry.stage.output]
+    return ["dataset"] if isinstance(entry.source, DataSource) else ["policy", "reward_model"]
+
+
+def _candidates(kind: ArtifactKind, known: Mapping[str, Node | Pinned]) -> str:
+    return ", ".join(name for name, entry in known.items() if kind in _kinds(entry)) or "nothing above"
+
+
+def num_devices() -> int:
+    """GPUs that this process may use, without asking torch; 1 on a machine that has none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return max(1, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
+    return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+
+
+# --- decide ----------------------------------------------------------------------------------------------------------
+
+
+def decide(node: Node, builds: Mapping[str, str | None], rebuild: Sequence[str] = ()) -> Decision:
+    """What to do about a node, given the build of each of its inputs (None: yet to be made). Reads disk, writes nothing."""
+    if holder := ledger.lease_holder(node.directory):
+        return Decision("running", f"being built by {holder}")
+    finished = artifact.read_artifact(node.directory)
+    attempt = ledger.read_attempt(node.directory)
+    pending = [entry.name for entry in node.reads if builds[entry.name] is None]
+    wanted = {entry.name: {"id": builds[entry.name] or "", "fingerprint": entry.fingerprint} for entry in node.reads}
+    if node.name in rebuild and (finished or attempt):
+        return Decision("rebuild", "asked for")
+    if finished:
+        return _decide_finished(node, finished, pending, wanted)
+    if not pending and (found := ledger.find_finished(node.root, node.fingerprint, wanted, besides=node.directory)):
+        return Decision("reuse", f"finished as {found.directory}", found.id, found)
+    if attempt is None:
+        return Decision("run", "not started")
+    state = _resumable(node)
+    if state is None:
+        return Decision("run", f"attempt {attempt.number} left nothing to resume")
+    changes = differences(node, attempt.identity, attempt.version, attempt.input_builds)
+    if changes.recipe:
+        return Decision("drift", f"{changes.recipe}, but {state} is of the old config")
+    if pending or wanted != attempt.input_builds:
+        return Decision("rebuild", f"{', '.join(pending) or changes.inputs or 'an input'} was built again since {state}")
+    return Decision("resume", f"from {state}")
+
+
+def _decide_finished(node: Node, finished: artifact.Artifact, pending: list[str], wanted: dict[str, dict[str, str]]) -> Decision:
+    changes = differences(node, finished.identity, finished.version, finished.inputs)
+    if changes.recipe:
+        return Decision("drift", f"{changes.recipe}, but it finished {finished.finished}")
+    if not finished.output.is_dir():
+        return Decision("rebuild", "its output is gone")
+    if pending:
+        return Decision("rebuild", f"{', '.join(pending)} will be built")
+    if finished.inputs != wanted:
+        changed = [name for name in wanted if finished.inputs[name] != wanted[name]]
+        return Decision("rebuild", f"{', '.join(changed)} was built again")
+    return Decision("skip", f"finished {finished.finished}", finished.id)
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How a recorded recipe differs from today's: in what the user wrote, or only in stages above, which tell by themselves."""
+
+    recipe: str
+    inputs: str
+
+
+def differences(node: Node, recorded: Mapping[str, Any], version: int, builds: Mapping[str, Mapping[str, str]]) -> Differences:
+    """Field by field, what changed between a recorded recipe and the node's."""
+    today = identity(node.config)
+    defaults = {name: info.get_default(call_default_factory=True) for name, info in type(node.config).model_fields.items()}
+    changes = []
+    for name in sorted(recorded.keys() | today.keys()):
+        before, after = recorded.get(name, defaults.get(name)), today.get(name, defaults.get(name))
+        if before != after:
+            changes.append(f"stages.{node.name}.{name}: {_plain(before)} -> {_plain(after)}")
+    if version != node.stage.version:
+        changes.append(f"stages.{node.name}: stage {node.stage.kind} went from version {version} to {node.stage.version}")
+    names = [entry.name for entry in node.reads]
+    if names != list(builds):
+        changes.append(f"stages.{node.name}.inputs: {', '.join(builds)} -> {', '.join(names)}")
+        return Differences("; ".join(changes), "")
+    other = [entry for entry in node.reads if builds[entry.name]["fingerprint"] != entry.fingerprint]
+    changes += [f"sources.{entry.name}: changed" for entry in other if isinstance(entry, Pinned)]
+    return Differences("; ".join(changes), ", ".join(entry.name for entry in other if isinstance(entry, Node)))
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _resumable(node: Node) -> str | None:
+    from posttrain.checkpoint import last_complete
+
+    if (node.directory / artifact.OUTPUT).is_dir():
+        return "its published output"
+    last = last_complete(node.directory / "checkpoints")
+    return f"the checkpoint of step {last.step}" if last else None
+
+
+def decide_all(nodes: Sequence[Node], rebuild: Sequence[str] = ()) -> list[tuple[Node, Decision]]:
+    """A decision for each node, each knowing those above it."""
+    builds: dict[str, str | None] = {}
+    decided = []
+    for node in nodes:
+        builds.update({entry.name: entry.fingerprint for entry in node.reads if isinstance(entry, Pinned)})
+        decision = decide(node, builds, rebuild)
+        builds[node.name] = decision.build
+        decided.append((node, decision))
+    return decided
+
+
+def select(nodes: Sequence[Node], only: str | None, start: str | None, until: str | None, rebuild: Sequence[str]) -> list[Node]:
+    """The nodes that `--only`, `--from` and `--until` leave. Raises `UserError` on an unknown stage."""
+    names = [node.name for node in nodes]
+    for option, name in [("--only", only), ("--from", start), ("--until", until), *(("--rebuild", name) for name in rebuild)]:
+        if name is not None and name not in names:
+            raise UserError(f"{option} {name}: no such stage; {nearest(name, names)}")
+    if only:
+        start = until = only
+    first = names.index(start) if start else 0
+    last = names.index(until) if until else len(names) - 1
+    if first > last:
+        raise UserError(f"--from {start} --until {until}: {start} comes after {until}; swap them")
+    return list(nodes[first : last + 1])
+
+
+# --- execute ---------------------------------------------------------------------------------------------------------
+
+
+def execute(nodes: Sequence[Node], selected: Sequence[Node], rebuild: Sequence[str], launcher: LauncherConfig, console: "Console") -> None:
+    """Do what `decide` says for each selected node, in order. The only function with side effects."""
+    from posttrain.launch import open_launcher
+
+    decisions = {node.name: decision for node, decision in decide_all(nodes, rebuild)}
+    for node in nodes:
+        if node in selected:
+            _refuse(node, decisions[node.name])
+        elif decisions[node.name].build is None and any(node in later.reads for later in selected):
+            raise UserError(f"stages.{node.name}: not finished ({decisions[node.name].why}), and a chosen stage reads it; run it first")
+    with ExitStack() as stack:
+        launch = None
+        if any(decisions[node.name].action in WORK for node in selected):
+            launch = stack.enter_context(open_launcher(launcher, console))
+        builds: dict[str, str | None] = {name: decision.build for name, decision in decisions.items()}
+        for node in selected:
+            builds.update({entry.name: entry.fingerprint for entry in node.reads if isinstance(entry, Pinned)})
+            decision = decide(node, builds, rebuild)
+            _refuse(node, decision)
+            console.print(f"[bold]{node.name}[/bold]  {decision.action}: {decision.why}", highlight=False)
+            if decision.action in WORK:
+                assert launch is not None, "a stage began to need work while the run was under way"
+                _build(node, decision.action, launch)
+            elif decision.found:
+                _reuse(node, decision.found)
+            done = artifact.read_artifact(node.directory)
+            builds[node.name] = done.id if done else None
+
+
+def _refuse(node: Node, decision: Decision) -> None:
+    if decision.action == "drift":
+        raise UserError(f"{decision.why}; build it again with --rebuild {node.name}, or give the run a new name with run=NAME")
+    if decision.action == "running":
+        raise UserError(f"stages.{node.name}: {decision.why}; wait for it, or stop it")
+
+
+def _build(node: Node, action: Action, launch: Any) -> None:
+    with disk.explain_disk_errors(f"stages.{node.name}"):
+        node.directory.mkdir(parents=True, exist_ok=True)
+        with ledger.lease(node.directory):
+            if action != "resume":
+                disk.move_aside([node.directory / name for name in ledger.BUILT], node.root / node.run / ".old" / node.name)
+            attempt = ledger.start_attempt(
+                node.directory,
+                stage=node.stage,
+                name=node.name,
+                run=node.run,
+                root=node.root,
+                fingerprint=node.fingerprint,
+                identity=identity(node.config),
+                config=node.config,
+                inputs={role: [_record(entry) for entry in entries] for role, entries in node.inputs.items()},
+                num_processes=node.num_processes,
+            )
+            launch(node.directory, attempt)
+
+
+def _record(entry: Node | Pinned) -> dict[str, Any]:
+    if isinstance(entry, Pinned):
+        kind, build, source = _kinds(entry)[0], entry.fingerprint, entry.source
+    else:
+        finished = artifact.read_artifact(entry.directory)
+        assert finished is not None, f"{entry.name} was to be finished by now"
+        kind, build, source = finished.kind, finished.id, ledger.output_source(finished)
+    return {"name": entry.name, "kind": kind, "fingerprint": entry.fingerprint, "id": build, "source": source.model_dump(mode="json")}
+
+
+def _reuse(node: Node, found: artifact.Artifact) -> None:
+    with disk.explain_disk_errors(f"stages.{node.name}"):
+        node.directory.mkdir(parents=True, exist_ok=True)
+        with ledger.lease(node.directory):
+            disk.move_aside([node.directory / name for name in ledger.BUILT], node.root / node.run / ".old" / node.name)
+            aside = node.directory / "output.partial"
+            disk.link_tree(found.output, aside)
+            disk.publish_directory(aside, node.directory / artifact.OUTPUT)
+            disk.write_text(node.directory / artifact.FILE, (found.directory / artifact.FILE).read_text(encoding="utf-8"))
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Turn a base language model into a chat model: one file names data and stages, one command runs the chain."""
+
+
+_config = click.argument("config", type=click.Path(path_type=Path))
+_overrides = click.argument("overrides", nargs=-1, metavar="[key=value ...]")
+_root = click.option("--root", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Directory of all runs.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_only = click.option("--only", metavar="STAGE", help="Only this stage; what it reads must be finished.")
+_from = click.option("--from", "start", metavar="STAGE", help="From this stage on; what is before it must be finished.")
+_until = click.option("--until", metavar="STAGE", help="Up to this stage.")
+_rebuild = click.option("--rebuild", metavar="STAGE", multiple=True, help="Build this stage again although it is finished; repeatable.")
+
+
+@cli.command("plan")
+@_config
+@_overrides
+@_only
+@_from
+@_until
+@_rebuild
+@_root
+@_json
+def plan_command(
+    config: Path, overrides: tuple[str, ...], only: str | None, start: str | None, until: str | None, rebuild: tuple[str, ...], root: Path, as_json: bool
+) -> None:
+    """What would run, and why. Changes nothing."""
+    nodes = plan(read_pipeline(config, overrides), root)
+    selected = select(nodes, only, start, until, rebuild)
+    rows = [(node, decision) for node, decision in decide_all(nodes, rebuild) if node in selected]
+    if as_json:
+        click.echo(json.dumps([_plan_row(node, decision) for node, decision in rows], indent=1))
+        return
+    table = _table("stage", "kind", "reads", "action", "why")
+    for node, decision in rows:
+        table.add_row(node.name, node.stage.kind, " ".join(e.name for e in node.reads), _coloured(decision.action), decision.why)
+    _console().print(table)
+
+
+@cli.command("run")
+@_config
+@_overrides
+@_only
+@_from
+@_until
+@_rebuild
+@_root
+def run_command(
+    config: Path, overrides: tuple[str, ...], only: str | None, start: str | None, until: str | None, rebuild: tuple[str, ...], root: Path
+) -> None:
+    """Run all that is not finished. Safe to repeat: finished stages are skipped, cut-off ones resumed."""
+    pipeline = read_pipeline(config, overrides)
+    nodes = plan(pipeline, root)
+    selected = select(nodes, only, start, until, rebuild)
+    console = _console()
+    execute(nodes, selected, rebuild, pipeline.launcher, console)
+    _show_results(console, selected, config, overrides)
+
+
+@cli.command("status")
+@click.argument("config", type=click.Path(path_type=Path), required=False)
+@_overrides
+@_root
+@_json
+def status_command(config: Path | None, overrides: tuple[str, ...], root: Path, as_json: bool) -> None:
+    """Stages, progress and metrics; without CONFIG, of every run under the root."""
+    if config is None:
+        rows = [_recorded_row(path.parent) for path in sorted(root.glob("*/*/stage.json"))]
+    else:
+        nodes = plan(read_pipeline(config, overrides), root)
+        rows = [{**_plan_row(node, decision), **_state(node.directory)} for node, decision in decide_all(nodes)]
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    table = _table("stage", "kind", "action", "progress", "metrics", "output")
+    for row in rows:
+        metrics = "  ".join(f"{name} {value:.4g}" for name, value in list(row["metrics"].items())[:4])
+        label = f"{row['run']}/{row['stage']}" if "run" in row else row["stage"]
+        table.add_row(label, row["kind"], _coloured(row["action"]), _progress_text(row["progress"]), metrics, row["output"] or "")
+    _console().print(table)
+
+
+@cli.command("stages")
+@click.argument("kind", required=False)
+@_json
+def stages_command(kind: str | None, as_json: bool) -> None:
+    """The kinds of stages, or the fields of one KIND."""
+    from stages import STAGES
+
+    console = _console()
+    if kind is None:
+        stages = [load_stage(name, name) for name in STAGES]
+        if as_json:
+            click.echo(json.dumps([{"kind": s.kind, "inputs": {r: i.kind for r, i in s.inputs.items()}, "output": s.output} for s in stages], indent=1))
+            return
+        table = _table("kind", "reads", "writes", "what it does")
+        for stage in stages:
+            table.add_row(stage.kind, ", ".join(f"{role}: {i.kind}" for role, i in stage.inputs.items()), stage.output, stage.summary)
+        console.print(table)
+        return
+    rows = fields_help(load_stage(kind, "KIND").config)
+    if as_json:
+        click.echo(json.dumps([dict(zip(("name", "type", "default", "help"), row, strict=True)) for row in rows], indent=1))
+        return
+    table = _table("field", "type", "default", "help")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+@cli.command("chat")
+@_config
+@_overrides
+@click.option("--stage", metavar="STAGE", help="Whose policy to talk to; by default the last finished one.")
+@click.option("--prompt", metavar="TEXT", help="Ask this one thing, print the answer and end.")
+@_root
+def chat_command(config: Path, overrides: tuple[str, ...], stage: str | None, prompt: str | None, root: Path) -> None:
+    """Talk to a stage's policy."""
+    nodes = plan(read_pipeline(config, overrides), root)
+    policies = [node for node in nodes if node.stage.output == "policy"]
+    if stage is not None:
+        policies = [node for node in policies if node.name == stage]
+        if not policies:
+            raise UserError(f"--stage {stage}: no stage of that name makes a policy; {nearest(stage, [n.name for n in nodes])}")
+    finished = [node for node in policies if artifact.read_artifact(node.directory)]
+    if not finished:
+        raise UserError(f"{stage or config}: no finished policy to talk to; run the pipeline first")
+    from posttrain.generate import chat
+
+    chat(finished[-1].directory / artifact.OUTPUT, name=finished[-1].name, prompt=prompt)
+
+
+def _plan_row(node: Node, decision: Decision) -> dict[str, Any]:
+    return {
+        "stage": node.name,
+        "kind": node.stage.kind,
+        "action": decision.action,
+        "why": decision.why,
+        "fingerprint": node.fingerprint,
+        "inputs": {role: [entry.name for entry in entries] for role, entries in node.inputs.items()},
+    }
+
+
+def _recorded_row(directory: Path) -> dict[str, Any]:
+    attempt, finished, holder = ledger.read_attempt(directory), artifact.read_artifact(directory), ledger.lease_holder(directory)
+    action: Action = "running" if holder else "skip" if finished else "resume"
+    return {
+        "run": directory.parent.name,
+        "stage": directory.name,
+        "kind": attempt.kind if attempt else "",
+        "action": action,
+        "why": str(holder) if holder else f"finished {finished.finished}" if finished else "not finished",
+        "fingerprint": attempt.fingerprint if attempt else None,
+        "inputs": {role: [e["name"] for e in entries] for role, entries in attempt.inputs.items()} if attempt else {},
+        **_state(directory),
+    }
+
+
+def _state(directory: Path) -> dict[str, Any]:
+    finished = artifact.read_artifact(directory)
+    try:
+        progress = disk.read_json(directory / "progress.json")
+    except ValueError:
+        progress = None
+    return {
+        "metrics": dict(finished.metrics) if finished else {},
+        "progress": progress,
+        "output": str(finished.output) if finished else None,
+    }
+
+
+def _progress_text(progress: dict[str, Any] | None) -> str:
+    if not progress:
+        return ""
+    steps = f" {progress['step']}/{progress['num_steps']}" if progress.get("num_steps") else ""
+    return f"{progress['phase']}{steps}"
+
+
+def _show_results(console: "Console", selected: Sequence[Node], config: Path, overrides: Sequence[str]) -> None:
+    for node in selected:
+        report = node.directory / artifact.OUTPUT / "table.json"
+        if node.stage.output == "report" and report.is_file():
+            content = disk.read_json(report)
+            table = _table(*content["columns"], title=content["title"])
+            for row in content["rows"]:
+                table.add_row(*row)
+            console.print(table)
+    policies = [node.name for node in selected if node.stage.output == "policy"]
+    if policies:
+        again = " ".join([str(config), *overrides])
+        console.print(f"talk to it:  python pipeline.py chat {again} --stage {policies[-1]}", highlight=False, soft_wrap=True)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    # A pipe or a log file has no width: lines there are not broken.
+    return Console() if sys.stdout.isatty() else Console(width=200, no_color=True)
+
+
+def _table(*columns: str, title: str | None = None) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    return Table(*columns, title=title, box=box.SIMPLE_HEAD, title_justify="left")
+
+
+def _coloured(action: str) -> str:
+    colours = {"skip": "green", "reuse": "green", "run": "cyan", "resume": "cyan", "rebuild": "yellow", "drift": "red", "running": "magenta"}
+    return f"[{colours[action]}]{action}[/]"
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    def stop(signum: int, frame: object) -> None:
+        raise Preempted(f"stopped by {signal.Signals(signum).name}")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main() -> int:
+    """Run one command; the exit code says whose turn it is: 0 done, 1 crash, 2 your input, 3 a gate, 75 run again."""
+    try:
+        with _stop_on_sigterm():
+            cli(standalone_mode=False)
+        return EXIT_DONE
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        return EXIT_USER
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as error:
+        click.echo(f"error: {error.format_message()}", err=True)
+        return EXIT_USER
+    except (Preempted, click.Abort, KeyboardInterrupt) as stopped:
+        click.echo(f"stopped: {str(stopped) or 'interrupted'}; run the same command again to go on", err=True)
+        return EXIT_PREEMPTED
+    except StageFailed as failure:
+        click.echo(f"failed: {failure}", err=True)
+        return EXIT_CRASH
+
+
+if __name__ == "__main__":
+    sys.exit(main())

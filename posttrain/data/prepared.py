@@ -1,0 +1,199 @@
+"""Prepared data: rows as token ids and masks, made once in one process before any process group exists.
+
+Kept under the root, keyed by all that decides its content, and shared by every stage and run that needs the same. A
+directory without its manifest, which is written last, is never read.
+"""
+
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain import disk
+from posttrain.chat import ChatContract, encode, encode_prompt
+from posttrain.data.rows import Conversation, Message, Pair, Row
+from posttrain.data.source import open_source
+from posttrain.error import UserError
+from posttrain.stage import Input, StageContext
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+VERSION = 1
+"""Raised when the same rows give other tokens or masks than before."""
+IGNORED = -100
+"""Label of a token that is not trained, as transformers has it."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Where prepared data lies, and what went into it."""
+
+    path: Path
+    num_rows: int
+    num_tokens: int
+    num_trained_tokens: int
+    num_dropped: int
+    num_truncated: int
+
+    def load(self) -> "Dataset":
+        """The rows, mapped from disk."""
+        from datasets import load_from_disk
+
+        return load_from_disk(str(self.path / "rows"))
+
+
+@dataclass(frozen=True)
+class PreparedRow:
+    """One prepared row, how many of its tokens are trained, and whether its end was cut off."""
+
+    columns: dict[str, Any]
+    length: int
+    num_trained: int
+    truncated: bool
+
+
+def prepare(
+    context: StageContext[Any], given: Input, encoder: Callable[[Row], PreparedRow | None], key: dict[str, Any]
+) -> Prepared:
+    """Encode every row of an input, or find it encoded already. `encoder` gives None for a row to be left out.
+
+    `key` holds all that the encoder depends on but the data. Writes `prepared.json` into the stage directory.
+    """
+    digest = disk.hash_json({"version": VERSION, "data": given.fingerprint, **key})
+    path = context.root / ".prepared" / digest[:32]
+    if not (path / "manifest.json").is_file():
+        _encode_all(context, given, encoder, path)
+    disk.write_json(context.directory / "prepared.json", {"path": str(path)})
+    return read_prepared(context)
+
+
+def read_prepared(context: StageContext[Any]) -> Prepared:
+    """What `prepare` made for this stage."""
+    path = Path(disk.read_json(context.directory / "prepared.json")["path"])
+    return Prepared(path, **disk.read_json(path / "manifest.json"))
+
+
+def _encode_all(context: StageContext[Any], given: Input, encoder: Callable[[Row], PreparedRow | None], path: Path) -> None:
+    from datasets import Dataset
+
+    source = open_source(given.data, f"{context.at}: {given.name}")
+    for entry in source.entries:
+        print(f"{given.name}: {entry.path} is {entry.format}{' (read off its columns)' if entry.detected else ''}", flush=True)
+    rows, num_dropped = [], 0
+    for row in source.rows():
+        encoded = encoder(row)
+        if encoded is None:
+            num_dropped += 1
+        else:
+            rows.append(encoded)
+    if source.invalid:
+        print(f"{given.name}: {len(source.invalid)} rows left out that do not fit; the first: {next(iter(source.invalid.values()))}", flush=True)
+    if not rows:
+        raise UserError(f"{context.at}: no row of {given.name} is left to train on: {num_dropped} are over max_length; raise it")
+    columns = {name: [row.columns[name] for row in rows] for name in rows[0].columns}
+    manifest = {
+        "num_rows": len(rows),
+        "num_tokens": sum(row.length for row in rows),
+        "num_trained_tokens": sum(row.num_trained for row in rows),
+        "num_dropped": num_dropped,
+        "num_truncated": sum(row.truncated for row in rows),
+    }
+    aside = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    aside.mkdir(parents=True)
+    try:
+        Dataset.from_dict({**columns, "length": [row.length for row in rows]}).save_to_disk(str(aside / "rows"))
+        disk.write_json(aside / "manifest.json", manifest)
+        if path.exists() and not (path / "manifest.json").is_file():
+            shutil.rmtree(path)
+        try:
+            disk.publish_directory(aside, path)
+        except OSError:
+            if not (path / "manifest.json").is_file():  # unless another process was faster with the very same
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    print(f"{given.name}: {manifest}", flush=True)
+
+
+def conversation_encoder(
+    tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, *, max_length: int, on_overflow: str, at: str
+) -> Callable[[Row], PreparedRow | None]:
+    """An encoder of conversations into `input_ids` and `labels`, both `(T,)`: only assistant turns and their stops are labels."""
+
+    def encode_row(row: Row) -> PreparedRow | None:
+        if not isinstance(row, Conversation):
+            raise UserError(f"{row.origin}: is a preference pair, and {at} trains on conversations")
+        if not any(message["role"] == "assistant" for message in row.messages):
+            raise UserError(f"{row.origin}: has no assistant turn, so there is nothing to train; drop the row")
+        encoded = encode(tokenizer, row.messages, row.tools, contract.stop_tokens[0], row.origin)
+        if _overflows(len(encoded.ids), max_length, on_overflow, row.origin, at):
+            return None
+        ids, trained = encoded.ids[:max_length], encoded.trained[:max_length]
+        # The first token is predicted from nothing, so it can never be a target.
+        labels = [token if is_trained else IGNORED for token, is_trained in zip(ids, [False, *trained[1:]], strict=True)]
+        num_trained = sum(label != IGNORED for label in labels)
+        if num_trained == 0:
+            if len(encoded.ids) > max_length:
+                return None
+            raise UserError(f"{row.origin}: no token of it is trained; drop the row, or set train: true on an assistant turn")
+        return PreparedRow({"input_ids": ids, "labels": labels}, len(ids), num_trained, len(encoded.ids) > max_length)
+
+    return encode_row
+
+
+def pair_encoder(
+    tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, *, max_length: int, on_overflow: str, at: str
+) -> Callable[[Row], PreparedRow | None]:
+    """An encoder of preference pairs into `prompt_ids`, `chosen_ids` and `rejected_ids`, each `(T,)`, answers with their stops."""
+
+    def encode_row(row: Row) -> PreparedRow | None:
+        if not isinstance(row, Pair):
+            raise UserError(f"{row.origin}: is a conversation, and {at} learns from preference pairs")
+        prompt, chosen, rejected = encode_pair(tokenizer, contract, row)
+        if chosen == rejected:
+            raise UserError(f"{row.origin}: chosen and rejected are the same answer; drop the row")
+        longest = len(prompt) + max(len(chosen), len(rejected))
+        if _overflows(longest, max_length, on_overflow, row.origin, at):
+            return None
+        room = max_length - len(prompt)
+        cut_chosen, cut_rejected = chosen[: max(room, 0)], rejected[: max(room, 0)]
+        if not cut_chosen or cut_chosen == cut_rejected:
+            return None  # nothing is left that tells the two apart
+        length = 2 * len(prompt) + len(cut_chosen) + len(cut_rejected)
+        columns = {"prompt_ids": prompt, "chosen_ids": cut_chosen, "rejected_ids": cut_rejected}
+        return PreparedRow(columns, length, len(cut_chosen) + len(cut_rejected), longest > max_length)
+
+    return encode_row
+
+
+def encode_pair(tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, row: Pair) -> tuple[list[int], list[int], list[int]]:
+    """Token ids of the prompt and of the two answers, each answer up to and with its stop token."""
+    prompt = encode_prompt(tokenizer, row.prompt, row.tools, row.origin)
+    return prompt, *(_answer(tokenizer, contract, row, prompt, answer) for answer in (row.chosen, row.rejected))
+
+
+def _answer(tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, row: Pair, prompt: list[int], answer: list[Message]) -> list[int]:
+    encoded = encode(tokenizer, row.prompt + answer, row.tools, contract.stop_tokens[0], row.origin)
+    if encoded.ids[: len(prompt)] != prompt:
+        raise UserError(f"{row.origin}: the prompt has other tokens alone than with an answer; use another chat template")
+    end = 1 + max(position for position, trained in enumerate(encoded.trained) if trained)
+    return encoded.ids[len(prompt) : end]
+
+
+def _overflows(length: int, max_length: int, on_overflow: str, origin: str, at: str) -> bool:
+    """Whether to leave the row out for its length. Raises `UserError` where the config wants neither that nor a cut."""
+    if length <= max_length:
+        return False
+    if on_overflow == "error":
+        raise UserError(f"{origin}: {length} tokens, over {at}.max_length: {max_length}; raise it, or set {at}.on_overflow to drop or truncate")
+    return on_overflow == "drop"
+
+
+def rows_of(context: StageContext[Any], given: Input) -> Iterator[Row]:
+    """The rows of an input as they stand in the data."""
+    rows: Iterable[Row] = open_source(given.data, f"{context.at}: {given.name}").rows()
+    yield from rows

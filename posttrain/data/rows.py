@@ -1,0 +1,83 @@
+"""What every data set becomes: a conversation, or a pair of answers to one prompt. Nothing here reads or checks input.
+
+A row is what `formats` made of one record, so it may be relied upon: every content is text, only an assistant message with
+tool calls has an empty one, a system message stands first or not at all, and both answers of a pair end with the assistant.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NotRequired, TypedDict
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+class Function(TypedDict):
+    """A function and the arguments that it is called with."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class ToolCall(TypedDict):
+    """One call that an assistant message makes."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class Message(TypedDict):
+    """One turn. `train: False` keeps an assistant turn in the context and out of the loss."""
+
+    role: Role
+    content: str
+    tool_calls: NotRequired[list[ToolCall]]
+    name: NotRequired[str]
+    train: NotRequired[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in order. Without an assistant message it is a prompt to answer."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None
+    """JSON schemas of the functions on offer, each `{"type": "function", "function": {...}}`; None, never an empty list."""
+    checks: list[dict[str, Any]]
+    """What an answer must pass, each with a `kind`; empty where nothing is checked."""
+    origin: str
+    """Where the row stands: `path:line`, `path[index]` or `hub-id[index]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt and two answers, the chosen one the better. The answers hold only what follows the prompt."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    tools: list[dict[str, Any]] | None
+    """As in `Conversation`."""
+    origin: str
+    """As in `Conversation`."""
+
+
+Row = Conversation | Pair
+
+
+def prompt_text(row: Row) -> str:
+    """The roles and contents of the prompt as one text: the key by which the held-out split keeps rows together.
+
+    The prompt of a conversation ends before the first assistant message that answers something; an opening greeting by the
+    assistant is part of it, since otherwise all conversations that open so would share the empty prompt.
+    """
+    return "".join(f"{message['role']}\n{message['content']}\n" for message in _prompt(row))
+
+
+def _prompt(row: Row) -> list[Message]:
+    if isinstance(row, Pair):
+        return row.prompt
+    asked = False
+    for index, message in enumerate(row.messages):
+        if asked and message["role"] == "assistant":
+            return row.messages[:index]
+        asked = asked or message["role"] in ("user", "tool")
+    return row.messages if asked else [message for message in row.messages if message["role"] == "system"]

@@ -1,0 +1,292 @@
+"""Evaluation: rows of held-out data scored under each policy, and policies compared on the rows they share.
+
+Every result is kept by row: which row, which measure, the score, and for a generated answer its text. The means of the
+report are those of the `evaluate` modules in `posttrain.metrics`; the intervals come from the same per-row scores.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from posttrain.chat import ChatContract, encode, encode_prompt, read_contract
+from posttrain.data.prepared import encode_pair, rows_of
+from posttrain.data.rows import Conversation, Pair
+from posttrain.error import UserError
+from posttrain.generate import answer_all
+from posttrain.metrics.check import Check, as_reference, read_checks
+from posttrain.metrics.metric import load_metric
+from posttrain.metrics.paired import compare, interval
+from posttrain.models import load_policy, load_tokenizer
+from posttrain.progress import Progress
+from posttrain.stage import Input, StageContext
+
+TOKENS_AT_ONCE = 2048
+"""Tokens of one scoring batch, padding counted; logits exist only for scored positions."""
+ANSWERS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One sequence to be scored: ids `(T,)`, and which of its tokens count `(T,)`."""
+
+    row: int
+    part: str
+    ids: list[int]
+    counts: list[bool]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The rows under one policy's contract: sequences to score, prompts to answer, and rows too long for either."""
+
+    scored: list[Scored] = field(default_factory=list)
+    prompts: dict[int, list[int]] = field(default_factory=dict)
+    checks: dict[int, list[Check]] = field(default_factory=dict)
+    too_long: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows of the evaluation's data sets, in order; a result names a row by its index here."""
+
+    rows: list[Conversation | Pair]
+    checks: list[list[Check]]
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, contract: ChatContract, max_length: int) -> Encoded:
+        """The rows as tokens. A conversation is scored up to its end; one with checks is answered from its last question."""
+        encoded = Encoded()
+        stop = contract.stop_tokens[0]
+        for index, row in enumerate(self.rows):
+            before = len(encoded.scored), len(encoded.prompts)
+            if isinstance(row, Pair):
+                prompt, chosen, rejected = encode_pair(tokenizer, contract, row)
+                for part, answer in (("chosen", chosen), ("rejected", rejected)):
+                    encoded.scored.append(Scored(index, part, prompt + answer, [False] * len(prompt) + [True] * len(answer)))
+            else:
+                if any(message["role"] == "assistant" for message in row.messages):
+                    whole = encode(tokenizer, row.messages, row.tools, stop, row.origin)
+                    encoded.scored.append(Scored(index, "nll", whole.ids, whole.trained))
+                if self.checks[index]:
+                    messages = row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
+                    encoded.prompts[index] = encode_prompt(tokenizer, messages, row.tools, row.origin)
+                    encoded.checks[index] = self.checks[index]
+            longest = max([*(len(s.ids) for s in encoded.scored[before[0] :]), len(encoded.prompts.get(index, []))])
+            if longest > max_length:
+                del encoded.scored[before[0] :]
+                encoded.prompts.pop(index, None)
+                encoded.too_long.append(index)
+        if not encoded.scored and not encoded.prompts:
+            raise UserError(f"eval: all {len(self.rows)} rows are over max_length: {max_length}; raise it")
+        return encoded
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy's name in the pipeline file, and its result for each row and measure."""
+
+    name: str
+    results: list[dict[str, Any]]
+
+
+def read_rows(context: StageContext[Any]) -> Rows:
+    """The rows of all data inputs, with their checks validated. Raises `UserError`."""
+    rows = [row for given in context.inputs["data"] for row in rows_of(context, given)]
+    checks: list[list[Check]] = [read_checks(row.checks, row.origin) if isinstance(row, Conversation) else [] for row in rows]
+    return Rows(rows, checks)
+
+
+def open_contracts(context: StageContext[Any]) -> list[tuple[PreTrainedTokenizerBase, ChatContract]]:
+    """Tokenizer and contract of each policy. One without a template is asked in the way of the first that has a contract."""
+    given = context.inputs["policies"]
+    shared = next((c for c in (read_contract(Path(policy.model.model)) for policy in given) if c is not None), None)
+    return [load_tokenizer(policy, context.at, contract=shared) for policy in given]
+
+
+def measure(
+    context: StageContext[Any],
+    given: Input,
+    tokenizer: PreTrainedTokenizerBase,
+    contract: ChatContract,
+    encoded: Encoded,
+    device: str,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """This rank's share of a policy's results."""
+    rank, world_size = context.rank, context.world_size
+    progress.phase(f"load {given.name}")
+    model = load_policy(given.model, tokenizer, contract, f"{context.at}: {given.name}", dtype="auto" if device == "cuda" else torch.float32)
+    model.to(device).eval()  # type: ignore[arg-type]
+    scored = [s for s in encoded.scored if s.row % world_size == rank]
+    prompts = {row: ids for row, ids in encoded.prompts.items() if row % world_size == rank}
+    progress.phase(f"score {given.name}", len(scored))
+    results = _score(model, scored, tokenizer.pad_token_id, progress)
+    progress.phase(f"generate {given.name}", len(prompts))
+    answers = answer_all(
+        model,
+        tokenizer,
+        contract,
+        list(prompts.values()),
+        max_new_tokens=context.config.max_new_tokens,
+        batch_size=ANSWERS_AT_ONCE,
+        tick=progress.step,
+    )
+    for row, answer in zip(prompts, answers, strict=True):
+        results.append({"row": row, "measure": "answer", "answer": answer, "checks": [as_reference(check) for check in encoded.checks[row]]})
+    return results
+
+
+def gather(mine: list[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
+    """The results of all ranks, on every rank, in the order of rows."""
+    if world_size == 1:
+        return mine
+    parts: list[Any] = [None] * world_size
+    dist.all_gather_object(parts, mine)
+    return sorted((result for part in parts for result in part), key=lambda result: (result["row"], result["measure"]))
+
+
+@torch.no_grad()
+def _score(model: PreTrainedModel, scored: Sequence[Scored], pad: int, progress: Progress) -> list[dict[str, Any]]:
+    """Summed log-probability and number of the counted tokens of each sequence, in batches of like length."""
+    order = sorted(scored, key=lambda sequence: -len(sequence.ids))
+    results: list[dict[str, Any]] = []
+    while order:
+        size = max(1, TOKENS_AT_ONCE // len(order[0].ids))
+        batch, order = order[:size], order[size:]
+        for sequence, (logp, num_tokens) in zip(batch, _sum_logps(model, batch, pad), strict=True):
+            results.append({"row": sequence.row, "measure": sequence.part, "logp": logp, "num_tokens": num_tokens})
+        progress.step(len(results))
+    return sorted(results, key=lambda result: (result["row"], result["measure"]))
+
+
+def _sum_logps(model: PreTrainedModel, batch: Sequence[Scored], pad: int) -> list[tuple[float, int]]:
+    width = len(batch[0].ids)
+    ids = torch.full((len(batch), width), pad)
+    mask = torch.zeros_like(ids)
+    counts = torch.zeros_like(ids, dtype=torch.bool)
+    for row, sequence in enumerate(batch):
+        ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
+        mask[row, : len(sequence.ids)] = 1
+        counts[row, : len(sequence.ids)] = torch.tensor(sequence.counts)
+    ids, mask, counts = ids.to(model.device), mask.to(model.device), counts.to(model.device)
+    wanted = counts[:, 1:]
+    kept = wanted.any(dim=0).nonzero()[:, 0]  # positions that some row scores; only there the head is computed
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
+    logps = logits.float().log_softmax(-1).gather(-1, ids[:, kept + 1, None])[..., 0].double() * wanted[:, kept]
+    return list(zip(logps.sum(dim=1).tolist(), wanted.sum(dim=1).tolist(), strict=True))
+
+
+# --- comparison ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One metric of one policy: its value, and per row the score and the weight that the interval draws from."""
+
+    value: float
+    scores: dict[int, float]
+    weights: dict[int, float]
+
+
+def compare_policies(policies: Sequence[Policy], rows: Rows, *, confidence: float, seed: int) -> tuple[dict[str, Any], dict[str, float]]:
+    """The table for people, and the flat metrics `<policy>.<metric>`; every policy is compared with the first."""
+    measured = {policy.name: _measure_policy(policy, rows) for policy in policies}
+    baseline = policies[0].name
+    names = list(dict.fromkeys(name for metrics in measured.values() for name in metrics))
+    table_rows, metrics = [], {}
+    for name in names:
+        cells = [name, str(len(measured[baseline][name].scores) if name in measured[baseline] else 0)]
+        for policy in policies:
+            got = measured[policy.name].get(name)
+            if got is None:
+                cells.append("-")
+                continue
+            metrics[f"{policy.name}.{name}"] = got.value
+            cells.append(_cell(got, measured[baseline].get(name) if policy.name != baseline else None, confidence, seed))
+        table_rows.append(cells)
+    title = f"{', '.join(p.name for p in policies)}; in brackets the difference from {baseline}, {confidence:.0%} interval, paired"
+    return {"title": title, "columns": ["metric", "rows", *(p.name for p in policies)], "rows": table_rows}, metrics
+
+
+def _cell(got: Measured, base: Measured | None, confidence: float, seed: int) -> str:
+    if base is None:
+        own = interval(list(got.scores.values()), weights=list(got.weights.values()), seed=seed, confidence=confidence)
+        spread = f" ({own.low:.3f} to {own.high:.3f})" if own.low is not None and own.high is not None else ""
+        return f"{got.value:.3f}{spread}"
+    shared = [row for row in got.scores if row in base.scores]
+    if any(got.weights[row] != base.weights[row] for row in shared):
+        return f"{got.value:.3f} (other tokens than the baseline's: not comparable)"
+    difference = compare(
+        [base.scores[row] for row in shared],
+        [got.scores[row] for row in shared],
+        weights=[base.weights[row] for row in shared],
+        seed=seed,
+        confidence=confidence,
+    )
+    if difference.low is None or difference.high is None:
+        return f"{got.value:.3f} ({difference.difference:+.3f})"
+    return f"{got.value:.3f} ({difference.difference:+.3f}, {difference.low:+.3f} to {difference.high:+.3f})"
+
+
+def _measure_policy(policy: Policy, rows: Rows) -> dict[str, Measured]:
+    by_measure: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for result in policy.results:
+        by_measure[result["measure"]][result["row"]] = result
+    measured: dict[str, Measured] = {}
+    if by_measure["nll"]:
+        measured["nll"] = _nll(by_measure["nll"])
+    if by_measure["chosen"]:
+        measured |= _preference(by_measure["chosen"], by_measure["rejected"])
+    if by_measure["answer"]:
+        measured |= _answers(by_measure["answer"])
+    return measured
+
+
+def _nll(results: dict[int, dict[str, Any]]) -> Measured:
+    computed = load_metric("assistant_nll").compute(
+        predictions=[-result["logp"] for result in results.values()], references=[result["num_tokens"] for result in results.values()]
+    )
+    weights = {row: float(result["num_tokens"]) for row, result in results.items()}
+    return Measured(computed["nll"], dict(zip(results, computed["scores"], strict=True)), weights)
+
+
+def _preference(chosen: dict[int, dict[str, Any]], rejected: dict[int, dict[str, Any]]) -> dict[str, Measured]:
+    computed = load_metric("preference").compute(
+        predictions=[[chosen[row]["logp"], rejected[row]["logp"]] for row in chosen],
+        references=[[chosen[row]["num_tokens"], rejected[row]["num_tokens"]] for row in chosen],
+    )
+    once = dict.fromkeys(chosen, 1.0)
+    return {
+        "preference accuracy": Measured(computed["accuracy"], dict(zip(chosen, computed["scores"], strict=True)), once),
+        "preference margin": Measured(computed["margin"], dict(zip(chosen, computed["margins"], strict=True)), once),
+    }
+
+
+def _answers(results: dict[int, dict[str, Any]]) -> dict[str, Measured]:
+    """Each checker's accuracy over the rows that carry it, and `answers`: the share of rows that pass all their checks."""
+    by_kind: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
+    for row, result in results.items():
+        for reference in result["checks"]:
+            by_kind[_kind(reference)].append((row, result["answer"], reference))
+    passed: dict[int, float] = dict.fromkeys(results, 1.0)
+    measured = {}
+    for kind, cases in sorted(by_kind.items()):
+        computed = load_metric(kind).compute(predictions=[c[1] for c in cases], references=[c[2] for c in cases])
+        scores: dict[int, float] = {}
+        for (row, _, _), score in zip(cases, computed["scores"], strict=True):
+            scores[row] = min(score, scores.get(row, 1.0))
+            passed[row] = min(score, passed[row])
+        measured[kind] = Measured(sum(scores.values()) / len(scores), scores, dict.fromkeys(scores, 1.0))
+    overall = Measured(sum(passed.values()) / len(passed), passed, dict.fromkeys(passed, 1.0))
+    return {"answers passed": overall, **(measured if len(measured) > 1 else {})}
+
+
+def _kind(reference: str) -> str:
+    kind: str = json.loads(reference)["kind"]
+    return kind

@@ -1,0 +1,350 @@
+"""Fitting: what all training stages share between their prepared data and their published policy.
+
+    arguments -> model -> trainer (TRL's, on our order of samples) -> resume -> train -> save -> publish
+
+Differences from running a TRL trainer by itself: 1. the global batch is config, and the same samples on any number of
+ranks; 2. a run is one stretch of steps, so its position is one number and a resume starts there, without skipping
+through batches; 3. a checkpoint counts only with its marker; 4. SIGTERM and SIGUSR2 save and end the run in order.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from posttrain.batch import GlobalBatches, count_steps, micro_batch_size
+from posttrain.chat import ChatContract
+from posttrain.checkpoint import last_complete, mark_complete
+from posttrain.config import nearest
+from posttrain.error import Preempted, UserError
+from posttrain.models import load_policy, load_tokenizer, publish, stored_dtype
+from posttrain.progress import Progress
+from posttrain.recipe import TrainingConfig
+from posttrain.stage import Input, StageContext
+
+OWNED = {
+    "output_dir": "the stage directory is used",
+    "per_device_train_batch_size": "set it on the stage itself",
+    "gradient_accumulation_steps": "it is derived from global_batch_size",
+    "resume_from_checkpoint": "`run` resumes by itself",
+    "dataset_kwargs": "data are prepared before training",
+    "precompute_ref_log_probs": "reference log-probs are always computed once, before training",
+    "model_init_kwargs": "the model is loaded under its chat contract",
+    "eval_strategy": "evaluation is a stage of its own",
+    "save_strategy": "set save_steps on the stage itself",
+    "logging_strategy": "set logging_steps on the stage itself",
+    "fp16": "use bf16",
+    "push_to_hub": "publish a finished stage instead",
+}
+"""Fields of TRL's and transformers' config classes that the pipeline sets, and what to do instead."""
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What a training stage needs to build its trainer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    contract: ChatContract
+    arguments: Any
+    peft_config: Any
+
+
+def check_trainer_fields(config: TrainingConfig, arguments_class: type[Any], at: str) -> None:
+    """Refuse a field under `trainer:` that TRL's config class lacks, that is of another type, or that is ours to set."""
+    hints = get_type_hints(arguments_class)
+    known = {field.name for field in fields(arguments_class) if field.init}
+    ours = set(type(config).model_fields)
+    for name, value in config.trainer.items():
+        where = f"{at}.trainer.{name}"
+        if name in OWNED:
+            raise UserError(f"{where}: is set by the pipeline; {OWNED[name]}")
+        if name in ours:
+            raise UserError(f"{where}: is a field of the stage; set {at}.{name} instead")
+        if name not in known:
+            raise UserError(f"{where}: {arguments_class.__name__} has no such field; {nearest(name, sorted(known))}")
+        if not _fits(value, hints[name]):
+            raise UserError(f"{where}: {value!r} is no {hints[name]}; see {arguments_class.__name__}")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if hint is Any:
+        return True
+    if get_args(hint) and get_origin(hint) not in (list, dict, tuple):
+        return any(_fits(value, option) for option in get_args(hint))
+    kind = get_origin(hint) or hint
+    if not isinstance(kind, type):
+        return value == kind
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+def check_preparations(context: StageContext[Any], arguments_class: type[Any]) -> None:
+    """All that can be refused before data are read or a model is loaded."""
+    config: TrainingConfig = context.config
+    check_trainer_fields(config, arguments_class, context.at)
+    if config.deepspeed is not None:
+        read_deepspeed(config.deepspeed, context.at)
+    if config.packing and config.attn_implementation == "eager" and torch.cuda.is_available():
+        raise UserError(f"{context.at}.packing: needs another attn_implementation than eager on a GPU")
+
+
+def read_deepspeed(path: str, at: str) -> dict[str, Any]:
+    """The DeepSpeed config at `path`. Raises `UserError` where it is none."""
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{at}.deepspeed: {path} cannot be read ({error.strerror}); ds_configs/ has some to use") from None
+    except ValueError as error:
+        raise UserError(f"{at}.deepspeed: {path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{at}.deepspeed: {path} must hold a JSON object")
+    if torch.cuda.is_available():
+        return config
+    if "optimizer" in config:
+        raise UserError(f"{at}.deepspeed: {path} names an optimizer, which DeepSpeed would have to compile on a CPU; remove it and set {at}.optim")
+    # Pinned memory is a notion of accelerators.
+    zero = config.get("zero_optimization", {})
+    for offload in ("offload_optimizer", "offload_param"):
+        if offload in zero:
+            zero[offload]["pin_memory"] = False
+    return config
+
+
+def open_fitting(context: StageContext[Any], arguments_class: type[Any], role: str = "policy", **fields: Any) -> Fitting:
+    """Arguments, tokenizer and model of a training stage; `fields` go to TRL's config class."""
+    config: TrainingConfig = context.config
+    progress = Progress(context.directory, is_main=context.is_main)
+    progress.phase("load model")
+    given = context.input(role)
+    tokenizer, contract = load_tokenizer(given, context.at, chat_template=config.chat_template, system_prompt=config.system_prompt)
+    arguments = _arguments(context, arguments_class, fields)  # before the model: ZeRO-3 shards it while it loads
+    dtype = torch.bfloat16 if config.lora and config.uses_bf16 else torch.float32
+    model = load_policy(given.model, tokenizer, contract, context.at, dtype=dtype, attn_implementation=config.attn_implementation)
+    return Fitting(model, tokenizer, contract, arguments, _peft_config(config))
+
+
+def _arguments(context: StageContext[Any], arguments_class: type[Any], fields: dict[str, Any]) -> Any:
+    config: TrainingConfig = context.config
+    share = config.global_batch_size // context.world_size
+    micro = micro_batch_size(share, config.per_device_train_batch_size)
+    on_gpu = torch.cuda.is_available()
+    deepspeed = None
+    if config.deepspeed is not None:
+        deepspeed = read_deepspeed(config.deepspeed, context.at)
+        _ready_deepspeed(context)
+    return arguments_class(
+        output_dir=str(context.checkpoints),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=share // micro,
+        learning_rate=config.learning_rate,
+        max_steps=1,  # set by `fit`, which knows the data
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=config.optim,
+        bf16=config.uses_bf16,
+        seed=config.seed,
+        gradient_checkpointing=config.gradient_checkpointing,
+        deepspeed=deepspeed,
+        use_cpu=not on_gpu,
+        ddp_backend="gloo" if context.world_size > 1 and not on_gpu else None,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        dataloader_pin_memory=on_gpu,
+        ignore_data_skip=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        **{"report_to": "none", **fields, **config.trainer},
+    )
+
+
+def _ready_deepspeed(context: StageContext[Any]) -> None:
+    import deepspeed.ops
+
+    if not torch.cuda.is_available():
+        # Its shared-memory collectives would be compiled at the first launch, for minutes; gloo's need no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():  # DeepSpeed wants a process group even for one rank
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", rank=0, world_size=1)
+
+
+def _peft_config(config: TrainingConfig) -> Any:
+    if config.lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump())
+
+
+class OurOrder(Trainer):
+    """Mixed into a TRL trainer: batches come from `GlobalBatches`, from the step on where the run stands."""
+
+    batches: GlobalBatches
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The micro-batches of this rank; accelerate must not shard them again."""
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,  # type: ignore[arg-type]
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def create_model_card(self, *arguments: Any, **values: Any) -> None:
+        """TRL writes a card into every checkpoint; ours is private state and needs none."""
+
+
+def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: list[list[int]], role: str = "policy") -> dict[str, float]:
+    """Resume -> train -> save -> publish. Returns the final metrics. All ranks call it."""
+    config: TrainingConfig = context.config
+    dataset = trainer.train_dataset
+    num_steps = config.max_steps or count_steps(len(dataset), config.num_train_epochs, config.global_batch_size)
+    trainer.args.max_steps = num_steps
+    trainer.batches = GlobalBatches(
+        dataset["length"],
+        num_steps=num_steps,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=trainer.args.per_device_train_batch_size,
+        seed=config.seed,
+        rank=context.rank,
+        world_size=context.world_size,
+    )
+    progress = Progress(context.directory, is_main=context.is_main)
+    last = last_complete(context.checkpoints)
+    if last is not None:
+        if config.deepspeed is not None and last.world_size != context.world_size:
+            raise UserError(
+                f"{context.at}.num_processes: {context.world_size}, but the checkpoint of step {last.step} was sharded by DeepSpeed over "
+                f"{last.world_size}; use as many, or --rebuild {context.name}"
+            )
+        trainer.batches.start_step = last.step
+        print(f"resuming from {last.path}", flush=True)
+    progress.rewind(last.step if last else 0)
+    progress.phase("train", num_steps, last.step if last else 0)
+    watch = Watch(context, trainer.batches, progress)
+    trainer.add_callback(watch)
+    with _signals(watch):
+        if last is None or last.step < num_steps:
+            trainer.train(resume_from_checkpoint=str(last.path) if last else None)
+        else:
+            raise UserError(f"{context.at}: the checkpoint of step {last.step} is the last; nothing is left to train")
+    if watch.stopped:
+        raise Preempted(f"{context.name} saved its state after step {trainer.state.global_step}")
+    progress.phase("publish")
+    given: Input = context.input(role)
+    publish(
+        context,
+        trainer.accelerator.unwrap_model(trainer.model),
+        fitting.tokenizer,
+        fitting.contract,
+        probe_ids,
+        given=given,
+        dtype=stored_dtype(given.model) if config.save_dtype == "auto" else getattr(torch, config.save_dtype),
+        forward=trainer.model_wrapped,
+    )
+    return _final_metrics(context, num_steps) if context.is_main else {}
+
+
+class Watch(TrainerCallback):
+    """Follows the training loop: progress, metrics, the marker of each checkpoint, and the signals to stop."""
+
+    def __init__(self, context: StageContext[Any], batches: GlobalBatches, progress: Progress) -> None:
+        self.context = context
+        self.batches = batches
+        self.progress = progress
+        self.signalled = False
+        self.stopped = False
+        self.loss = math.nan
+        self.tokens = 0
+        self.since = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count, show, and stop in order where any rank was signalled."""
+        self.tokens += self.batches.num_tokens(state.global_step - 1)
+        state.epoch = state.global_step * self.batches.global_batch_size / len(self.batches.lengths)
+        if self._any_signalled() and state.global_step < self.batches.num_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+        if state.global_step == self.batches.num_steps:
+            control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        """Write the logged values, with the speed since the last time, as they are logged."""
+        if "loss" not in logs:
+            return
+        values = {name: float(value) for name, value in logs.items() if isinstance(value, (int, float))}
+        now = time.monotonic()
+        values["tokens_per_s"] = self.tokens / (now - self.since)
+        self.tokens, self.since, self.loss = 0, now, values["loss"]
+        if not math.isfinite(self.loss):
+            raise UserError(
+                f"{self.context.at}: the loss of step {state.global_step} is {self.loss}; lower {self.context.at}.learning_rate, or look at the data"
+            )
+        self.progress.metrics(state.global_step, {**values, "epoch": state.epoch})
+        self.progress.step(state.global_step, loss=self.loss, tokens_per_s=values["tokens_per_s"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Mark the checkpoint whole, once every rank has written its part."""
+        if dist.is_initialized():
+            dist.barrier()
+        if self.context.is_main:
+            path = self.context.checkpoints / f"checkpoint-{state.global_step}"
+            mark_complete(path, state.global_step, self.context.world_size)
+
+    def _any_signalled(self) -> bool:
+        if not dist.is_initialized():
+            return self.signalled
+        flag = torch.tensor([int(self.signalled)], device="cuda" if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+@contextlib.contextmanager
+def _signals(watch: Watch) -> Iterator[None]:
+    def note(signum: int, frame: object) -> None:
+        watch.signalled = True
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _final_metrics(context: StageContext[Any], num_steps: int) -> dict[str, float]:
+    """The last logged values, and the mean loss over the whole run, attempts before a resume included."""
+    lines = (context.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    logged = [json.loads(line) for line in lines]
+    kept = {name: value for name, value in logged[-1].items() if name not in ("step", "epoch", "learning_rate", "tokens_per_s")}
+    speeds = sorted(entry["tokens_per_s"] for entry in logged)
+    return {
+        **kept,
+        "mean_loss": sum(entry["loss"] for entry in logged) / len(logged),
+        "num_steps": num_steps,
+        "tokens_per_s": speeds[len(speeds) // 2],
+    }
+
+
+def drop_checkpoints(context: StageContext[Any]) -> None:
+    """Free the disk that resumable state takes, once the artifact of the stage is there."""
+    shutil.rmtree(context.checkpoints, ignore_errors=True)

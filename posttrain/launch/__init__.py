@@ -1,0 +1,24 @@
+"""Launchers: how a stage directory becomes processes on machines. One kind a module, one interface.
+
+A launcher is a context manager that yields a function of a stage directory and its attempt, which returns when the
+stage has finished, and otherwise raises `UserError`, `Preempted` or `StageFailed`.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posttrain.config import LauncherConfig
+from posttrain.launch.local import local_launcher
+from posttrain.ledger import Attempt
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Launch = Callable[[Path, Attempt], None]
+
+
+def open_launcher(config: LauncherConfig, console: "Console") -> AbstractContextManager[Launch]:
+    """The launcher of that config, made ready."""
+    return {"local": local_launcher}[config.kind](console)

@@ -1,0 +1,145 @@
+"""The local launcher: ranks forked from one warm parent on this machine.
+
+Importing torch, transformers and trl takes 10 to 20 seconds in every process. So one parent, Python's fork server,
+imports them once, and each phase of each stage is a fresh set of processes forked from it in well under a second. The
+parent runs nothing else: it has no CUDA context, and no thread but the allocator's own.
+"""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import connection, forkserver, get_context
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posttrain import disk
+from posttrain.artifact import FILE as ARTIFACT_FILE
+from posttrain.artifact import OUTPUT
+from posttrain.error import EXIT_PREEMPTED, Preempted, StageFailed, UserError
+from posttrain.ledger import Attempt
+from posttrain.progress import Watcher
+from posttrain.worker import ERROR_FILE, Phase, worker
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PRELOAD = ["__main__", "posttrain.warm"]
+POLL_S = 0.2
+STOP_WITHIN_S = 8.0
+"""How long ranks may take to save and stop after a signal, before they are killed."""
+
+
+@contextmanager
+def local_launcher(console: "Console") -> Iterator[Callable[[Path, Attempt], None]]:
+    """Start the warm parent, whose imports go on in the background, and yield the function that launches a stage."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    # Libraries that start threads at import would have them in the parent, where a fork loses them.
+    # Threads that wait by spinning take the core from whatever else runs here, and from the very thread they wait for.
+    wait = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    with _environment(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", OMP_WAIT_POLICY=wait, TOKENIZERS_PARALLELISM="false"):
+        forkserver.ensure_running()
+
+    def launch(directory: Path, attempt: Attempt) -> None:
+        with Watcher(directory, attempt.name, console) as watcher:
+            if not (directory / OUTPUT).is_dir():
+                _run_phase(directory, attempt, "prepare", 1, watcher)
+                _run_phase(directory, attempt, "run", attempt.num_processes, watcher)
+            _run_phase(directory, attempt, "verify", 1, watcher)
+        if not (directory / ARTIFACT_FILE).is_file():
+            raise StageFailed(f"stages.{attempt.name}: ended without an artifact; its logs are in {_logs(directory, attempt)}")
+
+    yield launch
+
+
+def _run_phase(directory: Path, attempt: Attempt, phase: Phase, world_size: int, watcher: Watcher) -> None:
+    context = get_context("forkserver")
+    port = str(free_port())
+    ranks = []
+    for rank in range(world_size):
+        rendezvous = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        ranks.append(context.Process(target=worker, args=(directory, phase, rendezvous), name=f"{attempt.name}:{phase}:{rank}"))
+    started = []
+    try:
+        for process in ranks:
+            process.start()
+            started.append(process)
+        while all(process.exitcode in (None, 0) for process in ranks) and any(process.exitcode is None for process in ranks):
+            connection.wait([process.sentinel for process in ranks if process.exitcode is None], timeout=POLL_S)
+            watcher.show()
+    finally:
+        # On every way out (a rank that failed, an interrupt, a signal) no process is left behind.
+        _stop(started)
+    _raise_failure(directory, attempt, ranks)
+
+
+def _stop(ranks: list[ForkServerProcess]) -> None:
+    """Ask the ranks that are left to save and stop, and kill those that do not in time."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for process in ranks:
+            if process.exitcode is None:
+                process.terminate()
+        deadline = time.monotonic() + STOP_WITHIN_S
+        for process in ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _raise_failure(directory: Path, attempt: Attempt, ranks: list[ForkServerProcess]) -> None:
+    codes = [process.exitcode for process in ranks]
+    if not any(codes):
+        return
+    logs = _logs(directory, attempt)
+    for rank in range(len(ranks)):
+        if record := disk.read_json(logs / ERROR_FILE.format(rank=rank)):
+            if record["kind"] == "user":
+                raise UserError(record["message"])
+            raise StageFailed(f"stages.{attempt.name}: rank {rank}: {record['message']}; its log is {logs}/rank_{rank}.log")
+    if EXIT_PREEMPTED in codes:
+        raise Preempted(f"stages.{attempt.name} was asked to stop and saved its state")
+    dead = next(rank for rank, code in enumerate(codes) if code)
+    how = f"killed by {signal.Signals(-codes[dead]).name}" if codes[dead] < 0 else f"exit code {codes[dead]}"
+    hint = "; out of memory is the usual reason" if codes[dead] == -signal.SIGKILL else ""
+    raise StageFailed(f"stages.{attempt.name}: rank {dead} ended ({how}){hint}; its log is {logs}/rank_{dead}.log")
+
+
+def _logs(directory: Path, attempt: Attempt) -> Path:
+    return directory / "logs" / f"attempt_{attempt.number}"
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,218 @@
+"""The ledger: what the disk says of each stage of each run. Reading it needs no process to be alive.
+
+    <root>/<run>/<stage>/   stage.json       what is being, or was last, attempted: all that a worker is told
+                            lease.json       who is at it; its time of change is the heartbeat
+                            prepared.json    which prepared data the attempt trains on
+                            checkpoints/     resumable state, private to the stage
+                            output/          the finished output (output.partial/ while it is built)
+                            artifact.json    written last: the stage finished
+                            metrics.jsonl    one line for each logged step
+                            progress.json    phase, step and speed, for who watches
+                            logs/attempt_N/  stdout and stderr of each rank
+    <root>/<run>/.old/<stage>/N/             what a rebuild moved aside
+    <root>/.prepared/  <root>/.hashes.json   shared by all runs
+"""
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain import disk
+from posttrain.artifact import FILE as ARTIFACT_FILE
+from posttrain.artifact import OUTPUT, Artifact, read_artifact
+from posttrain.config import DataSource, ModelSource, read_source, validate
+from posttrain.error import UserError
+from posttrain.provenance import now
+from posttrain.stage import Input, Stage, StageConfig, StageContext, load_stage
+
+HEARTBEAT_S = 5.0
+LEASE_EXPIRES_S = 60.0
+BUILT = ("stage.json", "prepared.json", "checkpoints", OUTPUT, "output.partial", "probe.safetensors", ARTIFACT_FILE, "metrics.jsonl", "progress.json", "final_metrics.json")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The content of `stage.json`: everything that a worker is told, and what the next decision compares with."""
+
+    name: str
+    kind: str
+    run: str
+    root: str
+    version: int
+    fingerprint: str
+    identity: dict[str, Any]
+    config: dict[str, Any]
+    inputs: dict[str, list[dict[str, Any]]]
+    """Role to its inputs: name, kind, fingerprint, id, and the source or output to read."""
+    num_processes: int
+    number: int
+    started: str
+    token: str
+
+    @property
+    def input_builds(self) -> dict[str, dict[str, str]]:
+        """Name of each input to its `id` and `fingerprint`."""
+        return {entry["name"]: {"id": entry["id"], "fingerprint": entry["fingerprint"]} for role in self.inputs.values() for entry in role}
+
+
+def read_attempt(directory: Path) -> Attempt | None:
+    """The last attempt in the stage directory, or None. A `stage.json` that cannot be read counts as none."""
+    try:
+        record = disk.read_json(directory / "stage.json")
+        return None if record is None else Attempt(**record)
+    except (ValueError, TypeError):
+        return None
+
+
+def start_attempt(
+    directory: Path, *, stage: Stage[Any], name: str, run: str, root: Path, fingerprint: str, identity: Mapping[str, Any],
+    config: StageConfig, inputs: dict[str, list[dict[str, Any]]], num_processes: int,
+) -> Attempt:  # fmt: skip
+    """Write `stage.json` for a new attempt, with a log directory of its own."""
+    logs = directory / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    number = 1 + max((int(p.name.removeprefix("attempt_")) for p in logs.glob("attempt_*")), default=0)
+    (logs / f"attempt_{number}").mkdir()
+    attempt = Attempt(
+        name=name,
+        kind=stage.kind,
+        run=run,
+        root=str(root),
+        version=stage.version,
+        fingerprint=fingerprint,
+        identity=dict(identity),
+        config=config.model_dump(mode="json"),
+        inputs=inputs,
+        num_processes=num_processes,
+        number=number,
+        started=now(),
+        token=uuid.uuid4().hex,
+    )
+    disk.write_json(directory / "stage.json", asdict(attempt))
+    return attempt
+
+
+def open_context(directory: Path, *, rank: int, local_rank: int, world_size: int) -> tuple[Attempt, Stage[Any], StageContext[Any]]:
+    """What a worker needs, read from `stage.json` alone."""
+    attempt = read_attempt(directory)
+    if attempt is None:
+        raise UserError(f"{directory}: holds no readable stage.json; start the stage with `run`")
+    stage = load_stage(attempt.kind, attempt.name)
+    config = validate(stage.config, attempt.config, f"stages.{attempt.name}")
+    inputs = {
+        role: tuple(Input(e["name"], e["kind"], e["fingerprint"], read_source(e["name"], e["source"])) for e in entries)
+        for role, entries in attempt.inputs.items()
+    }
+    context = StageContext(
+        name=attempt.name,
+        config=config,
+        inputs=inputs,
+        directory=directory,
+        root=Path(attempt.root),
+        rank=rank,
+        local_rank=local_rank,
+        world_size=world_size,
+    )
+    return attempt, stage, context
+
+
+def output_source(artifact: Artifact) -> ModelSource | DataSource:
+    """How a later stage reads the output of a finished one."""
+    output = artifact.output.resolve()
+    if artifact.kind == "dataset":
+        return DataSource(data=[str(path) for path in disk.list_files(output) if path.suffix == ".jsonl"])
+    return ModelSource(model=str(output))
+
+
+def find_finished(root: Path, fingerprint: str, input_builds: Mapping[str, Mapping[str, str]], besides: Path) -> Artifact | None:
+    """A finished build under `root`, in another run, of this very recipe from these very inputs; or None."""
+    for path in sorted(root.glob(f"*/*/{ARTIFACT_FILE}")):
+        if path.parent == besides:
+            continue
+        try:
+            artifact = read_artifact(path.parent)
+        except UserError:
+            continue  # another run's damage is that run's to report
+        if artifact and artifact.fingerprint == fingerprint and artifact.inputs == input_builds and artifact.output.is_dir():
+            return artifact
+    return None
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a stage's lease."""
+
+    host: str
+    pid: int
+    since: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+def lease_holder(directory: Path) -> Holder | None:
+    """Who is at work on the stage, or None where nobody is or the heartbeat stopped."""
+    path = directory / "lease.json"
+    try:
+        record = disk.read_json(path)
+        age = time.time() - path.stat().st_mtime
+    except (OSError, ValueError):
+        return None
+    if record is None or age > LEASE_EXPIRES_S:
+        return None
+    if record["host"] == socket.gethostname() and not _same_process(record["pid"], record["born"]):
+        return None
+    return Holder(record["host"], record["pid"], record["since"])
+
+
+@contextmanager
+def lease(directory: Path) -> Iterator[None]:
+    """Hold the stage's lease, with a heartbeat, for as long as the block runs. Raises `UserError` where another has it."""
+    path = directory / "lease.json"
+    if holder := lease_holder(directory):
+        raise UserError(f"{directory}: being built by {holder}; wait for it, or stop it")
+    path.unlink(missing_ok=True)
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "since": now(), "token": uuid.uuid4().hex}
+    aside = directory / f".lease.{mine['token']}"
+    disk.write_json(aside, mine)
+    try:
+        os.link(aside, path)  # fails where another process was faster: of two, one wins
+    except FileExistsError:
+        raise UserError(f"{directory}: another process began to build it just now; wait for it, or stop it") from None
+    finally:
+        aside.unlink()
+    ended = threading.Event()
+    beat = threading.Thread(target=_beat, args=(path, ended), daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        beat.join()
+        path.unlink(missing_ok=True)
+
+
+def _beat(path: Path, ended: threading.Event) -> None:
+    while not ended.wait(HEARTBEAT_S):
+        try:
+            os.utime(path)
+        except OSError:
+            pass  # a full or briefly absent disk must not end the work; the lease lives LEASE_EXPIRES_S without a beat
+
+
+def _same_process(pid: int, born: str | None) -> bool:
+    return Path(f"/proc/{pid}").exists() and _born(pid) == born if Path("/proc").exists() else True
+
+
+def _born(pid: int) -> str | None:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None

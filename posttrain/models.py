@@ -1,0 +1,288 @@
+"""Models: loaded under a chat contract, published as plain Hugging Face directories, and read back to prove it.
+
+What a stage publishes is verified in a fresh process: plain `from_pretrained`, every tensor against the hash taken from
+the trained model, logits on a probe batch against those of the live model, and the contract against what was written.
+"""
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from posttrain import disk
+from posttrain.artifact import OUTPUT
+from posttrain.chat import ChatContract, adopt, apply_to_generation, check_contract, establish, read_contract
+from posttrain.config import ModelSource
+from posttrain.error import UserError
+from posttrain.stage import Input, StageContext
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+PROBE_FILE = "probe.safetensors"
+PUBLISHED_FILE = "published.json"
+ADAPTER = "adapter"
+PROBE_TOKENS = 48
+"""Length of the probe rows; logits are kept for their last positions."""
+PROBE_KEPT = 8
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+"""Largest difference of a logit after the hand-off, as a share of the spread of all logits, by the coarsest type involved."""
+
+
+def load_tokenizer(
+    given: Input, at: str, *, chat_template: str | None = None, system_prompt: str | None = None, contract: ChatContract | None = None
+) -> tuple[PreTrainedTokenizerBase, ChatContract]:
+    """The tokenizer of a policy and its chat contract: its own, else `contract`, else one established now.
+
+    Raises `UserError` where the model's files are no model, and where a policy with a contract is asked to change it.
+    """
+    source = given.model
+    _check_weights(source, f"{at}: {given.name}")
+    with _explain(source, f"{at}: {given.name}"):
+        tokenizer = AutoTokenizer.from_pretrained(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    own = read_contract(Path(source.model))
+    template = _read_template(chat_template, at)
+    if own is not None:
+        if template is not None or system_prompt is not None:
+            field = "chat_template" if template is not None else "system_prompt"
+            raise UserError(f"{at}.{field}: {given.name} has a chat contract already, which must not change on the way; set it on the first stage")
+        check_contract(own, tokenizer, f"{at}: {given.name}")
+        return tokenizer, own
+    if contract is not None and tokenizer.chat_template is None:
+        adopt(tokenizer, contract)
+        return tokenizer, contract
+    generation = load_generation_config(source)
+    return tokenizer, establish(tokenizer, generation, template=template, system_prompt=system_prompt, at=at)
+
+
+def load_generation_config(source: ModelSource) -> GenerationConfig:
+    """The generation config of a model, or the defaults that its config implies."""
+    with contextlib.suppress(OSError):
+        return GenerationConfig.from_pretrained(source.model, revision=source.revision)
+    config = AutoConfig.from_pretrained(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    return GenerationConfig.from_model_config(config)
+
+
+def load_policy(
+    source: ModelSource, tokenizer: PreTrainedTokenizerBase, contract: ChatContract, at: str, *, dtype: Any, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """A causal language model that knows every token of its contract, and stops where the contract says.
+
+    `dtype` is a torch type or `auto`, the stored one. Under DeepSpeed ZeRO-3 the weights are sharded while they are read.
+    """
+    with _explain(source, at):
+        model = AutoModelForCausalLM.from_pretrained(
+            source.model,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+        )
+    _add_tokens(model, tokenizer, contract)
+    apply_to_generation(contract, tokenizer, model)
+    return model  # type: ignore[no-any-return]
+
+
+def stored_dtype(source: ModelSource) -> torch.dtype:
+    """The type in which a model's weights are stored."""
+    config = AutoConfig.from_pretrained(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def _add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, contract: ChatContract) -> None:
+    """Make room for the contract's new tokens; they start as the mean of the old ones (Hewitt, 2021), without noise."""
+    if read_contract(Path(model.config._name_or_path)) is not None or not contract.added_tokens:
+        return
+    new = sorted(tokenizer.convert_tokens_to_ids(list(contract.added_tokens)))
+    if len(tokenizer) > model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    tables = {id(table.weight): table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None}
+    for table in tables.values():
+        with gathered([table.weight], modify=True), torch.no_grad():
+            if table.weight.numel():  # under ZeRO-3 the ranks that do not modify hold nothing
+                table.weight[new] = table.weight[: min(new)].mean(dim=0)
+
+
+@contextlib.contextmanager
+def gathered(parameters: list[torch.nn.Parameter], *, modify: bool = False) -> Iterator[None]:
+    """The whole of parameters that DeepSpeed ZeRO-3 shards, on every rank; with `modify`, rank 0's changes are kept."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None):
+        yield
+
+
+def gather_state(model: torch.nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
+    """Every parameter and persistent buffer, whole, on the CPU, where `keep`; all ranks must call it.
+
+    One parameter at a time, so no rank ever holds more than one of them beside its shards.
+    """
+    state = {}
+    for name, parameter in model.named_parameters():
+        with gathered([parameter]):
+            if keep:
+                state[name] = parameter.detach().to("cpu", copy=True)
+    if keep:
+        persistent = model.state_dict().keys()
+        state |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in model.named_buffers() if name in persistent}
+    return state
+
+
+def publish(
+    context: StageContext[Any],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    contract: ChatContract,
+    probe_ids: list[list[int]],
+    *,
+    given: Input,
+    dtype: torch.dtype,
+    forward: torch.nn.Module,
+) -> None:
+    """Write the trained model to the stage's output, with all that its verification needs. All ranks call it.
+
+    `model` is the bare (or peft) model, `forward` what computes its logits in training (the DeepSpeed engine, say). A
+    LoRA model is merged into the input policy, read anew, and its adapter is kept beside it.
+    """
+    logits = _probe(forward, model, probe_ids)
+    state = gather_state(model, keep=context.is_main)
+    if not context.is_main:
+        return
+    shutil.rmtree(context.output, ignore_errors=True)
+    context.output.mkdir(parents=True)
+    save_file({"ids": torch.tensor(probe_ids), "logits": logits}, str(context.directory / PROBE_FILE))
+    if hasattr(model, "peft_config"):
+        model, state = _merge(context, model, state, tokenizer, contract, given)
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    model.config.dtype = dtype
+    model.save_pretrained(context.output, state_dict=state)
+    tokenizer.save_pretrained(context.output)
+    contract.save(context.output)
+    disk.write_json(context.directory / PUBLISHED_FILE, {"tensors": {name: _describe(tensor) for name, tensor in state.items()}})
+
+
+def _merge(
+    context: StageContext[Any],
+    model: Any,
+    state: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    contract: ChatContract,
+    given: Input,
+) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    from peft import PeftModel
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    adapter = context.output / ADAPTER
+    model.save_pretrained(adapter, state_dict=state)
+    unset_hf_deepspeed_config()  # the merge happens on this rank alone, in whole weights
+    base = load_policy(given.model, tokenizer, contract, context.at, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    return merged, gather_state(merged, keep=True)
+
+
+def probe_rows(dataset: Any, columns: tuple[str, ...]) -> list[list[int]]:
+    """Two rows of token ids, `(2, T)`, cut to one length, for comparing a model before and after the hand-off."""
+    rows = [[token for column in columns for token in dataset[index][column]][:PROBE_TOKENS] for index in (0, len(dataset) - 1)]
+    length = min(map(len, rows))
+    return [row[:length] for row in rows]
+
+
+def _probe(forward: torch.nn.Module, model: PreTrainedModel, ids: list[list[int]]) -> torch.Tensor:
+    """Logits `(B, K, V)` at the last positions of the probe rows, in float32 on the CPU."""
+    was_training = forward.training
+    forward.eval()
+    with torch.no_grad():
+        logits = forward(input_ids=torch.tensor(ids, device=model.device), use_cache=False).logits[:, -PROBE_KEPT:]
+    forward.train(was_training)
+    return logits.float().cpu().contiguous()
+
+
+def verify_published(context: StageContext[Any]) -> dict[str, float]:
+    """Reload the stage's output as any user would, and compare it with the live model. Raises `UserError` on a mismatch.
+
+    Returns the largest difference of a probe logit, as a share of the spread of all logits.
+    """
+    output = context.directory / OUTPUT
+    at = f"{context.at}: {output}"
+    model, loading = AutoModelForCausalLM.from_pretrained(output, dtype="auto", output_loading_info=True)
+    if missing := sorted(loading["missing_keys"]) + sorted(loading["unexpected_keys"]):
+        raise RuntimeError(f"{at}: reloading it misses or invents tensors: {missing[:5]}")
+    state = gather_state(model, keep=True)
+    promised = disk.read_json(context.directory / PUBLISHED_FILE)["tensors"]
+    tied = {name for name in promised if name not in state}
+    if tied and not model.config.tie_word_embeddings:
+        raise RuntimeError(f"{at}: {sorted(tied)[:5]} are gone after reloading")
+    for name, tensor in state.items():
+        if promised.get(name) != _describe(tensor):
+            raise RuntimeError(f"{at}: tensor {name} is {_describe(tensor)} after reloading, and was {promised.get(name)}")
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    _verify_contract(output, tokenizer, model, at)
+    probe = load_file(str(context.directory / PROBE_FILE))
+    logits = _probe(model.float(), model, probe["ids"].tolist())
+    live = probe["logits"]
+    if logits.shape != live.shape:
+        raise RuntimeError(f"{at}: logits have shape {tuple(logits.shape)} after reloading, and had {tuple(live.shape)}")
+    drift = float((logits - live).abs().max() / live.std())
+    coarsest = _coarsest(context, promised)
+    if not drift <= TOLERANCE[coarsest]:
+        raise RuntimeError(f"{at}: logits differ by {drift:.2g} of their spread after reloading, over {TOLERANCE[coarsest]:g} for {coarsest}")
+    return {"handoff_logit_drift": drift}
+
+
+def _verify_contract(output: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, at: str) -> None:
+    contract = read_contract(output)
+    assert contract is not None, f"{at}: published without a chat contract"
+    check_contract(contract, tokenizer, at)
+    stops = model.generation_config.eos_token_id
+    promised = tokenizer.convert_tokens_to_ids(list(contract.stop_tokens))
+    if sorted(stops if isinstance(stops, list) else [stops]) != sorted(promised):
+        raise RuntimeError(f"{at}: generation stops at token {stops}, but the chat contract says {promised}")
+    if model.generation_config.pad_token_id != tokenizer.pad_token_id:
+        raise RuntimeError(f"{at}: generation pads with token {model.generation_config.pad_token_id}, the tokenizer with {tokenizer.pad_token_id}")
+
+
+def _coarsest(context: StageContext[Any], tensors: dict[str, list[Any]]) -> torch.dtype:
+    names = {described[1] for described in tensors.values()}
+    if context.config.uses_bf16:
+        names.add("bfloat16")
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if str(dtype).removeprefix("torch.") in names), torch.float32)
+
+
+def _describe(tensor: torch.Tensor) -> list[Any]:
+    """Shape, type and hash of a tensor's bytes, as plain JSON."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+    return [list(tensor.shape), str(tensor.dtype).removeprefix("torch."), hashlib.sha256(data).hexdigest()]
+
+
+def _check_weights(source: ModelSource, at: str) -> None:
+    directory = Path(source.model)
+    if source.revision is None and not any((directory / name).is_file() for name in WEIGHTS):
+        raise UserError(f"{at}: {source.model} holds none of {', '.join(WEIGHTS)}, so it is no model directory with safetensors weights")
+
+
+def _read_template(chat_template: str | None, at: str) -> str | None:
+    if chat_template is None:
+        return None
+    try:
+        return Path(chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{at}.chat_template: {chat_template} cannot be read ({reason}); give the path of a Jinja file") from None
+
+
+@contextlib.contextmanager
+def _explain(source: ModelSource, at: str) -> Iterator[None]:
+    """One line for the user where transformers cannot load what a source names."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{at}: {source.model} cannot be loaded as a causal language model: {reason}") from error

@@ -1,0 +1,102 @@
+"""The config fields that all training stages share, by the names that transformers, TRL and peft give them."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from posttrain.config import Config
+from posttrain.error import UserError
+from posttrain.stage import StageConfig
+
+
+class LoraRecipe(Config):
+    """Low-rank adapters (Hu et al., 2021) instead of full fine-tuning; names as in `peft.LoraConfig`."""
+
+    r: int = Field(16, ge=1)
+    """Rank of the adapters."""
+    lora_alpha: int = Field(32, ge=1)
+    """Scale of the adapters, divided by `r`."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the adapters, as a share."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules that get an adapter: names, or `all-linear`."""
+
+
+class TrainingExecution(Config):
+    """Where and how fast a stage trains: nothing here changes what is learned, beyond rounding."""
+
+    bears_identity: ClassVar[bool] = False
+
+    per_device_train_batch_size: int = Field(8, ge=1)
+    """Upper bound for the samples that one rank holds at once; the nearest divisor of its share of a batch is used."""
+    deepspeed: str | None = None
+    """DeepSpeed config file, such as `ds_configs/zero3.json`; its sizes and rates may be `auto`."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    packing: bool = False
+    """Lay the samples that a rank holds at once end to end in one row, without padding; each sees only itself."""
+    attn_implementation: str | None = None
+    """Attention backend: `eager`, `sdpa`, `flash_attention_2`, `flex_attention`; by default the best that is there."""
+    save_steps: int = Field(500, ge=1)
+    """Optimizer steps between checkpoints. One is also saved at the end, and when a signal asks the stage to stop."""
+    logging_steps: int = Field(1, ge=1)
+    """Optimizer steps between logged metrics."""
+
+
+class TrainingConfig(StageConfig, TrainingExecution):
+    """What is learned, and how: shared by all stages that train a policy by gradient."""
+
+    bears_identity: ClassVar[bool] = True
+
+    learning_rate: float = Field(2e-5, gt=0)
+    """Peak learning rate, after warm-up."""
+    num_train_epochs: float = Field(1.0, gt=0)
+    """Passes over the data; the last one may be a fraction."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps, instead of `num_train_epochs`."""
+    global_batch_size: int = Field(64, ge=1)
+    """Samples for each optimizer step, over all ranks and micro-batches."""
+    max_length: int = Field(2048, ge=2)
+    """Longest sample, in tokens, prompt and answer together."""
+    on_overflow: Literal["error", "drop", "truncate"] = "error"
+    """What happens to a sample over `max_length`: refuse to train, leave it out, or cut its end off."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Course of the learning rate after warm-up."""
+    warmup_steps: float = Field(0.03, ge=0)
+    """Steps of linear warm-up from 0; below 1, a share of all steps."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay, for each unit of learning rate."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Largest norm of the gradient over all parameters; 0 turns clipping off."""
+    optim: str = "adamw_torch"
+    """Optimizer, by the name that transformers gives it."""
+    bf16: bool | None = None
+    """Mixed precision in bfloat16; by default wherever a GPU supports it, and fp32 on a CPU."""
+    seed: int = Field(0, ge=0)
+    """Seed of the order of samples, of dropout and of new weights."""
+    lora: LoraRecipe | None = None
+    """Train adapters instead of all weights: `{}` for the defaults. The merged model is published, the adapter beside it."""
+    chat_template: str | None = None
+    """Jinja file to use instead of the model's own template; a model that has none gets ChatML."""
+    system_prompt: str | None = None
+    """System prompt of conversations that bring none."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the published weights; `auto` keeps the type in which the input policy is stored."""
+    trainer: dict[str, Any] = {}
+    """Further fields of the TRL trainer's config class, checked against it by name and type."""
+
+    @property
+    def uses_bf16(self) -> bool:
+        """Whether the forward pass runs in bfloat16 on this machine."""
+        import torch
+
+        return self.bf16 if self.bf16 is not None else torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+    def check(self, num_processes: int, at: str) -> None:
+        """Refuse a global batch that the ranks cannot share equally."""
+        if self.global_batch_size % num_processes:
+            lower = self.global_batch_size // num_processes * num_processes
+            raise UserError(
+                f"{at}.global_batch_size: {self.global_batch_size} samples cannot be divided among {num_processes} processes; "
+                f"{lower or num_processes} or {lower + num_processes} can"
+            )

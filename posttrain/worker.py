@@ -1,0 +1,190 @@
+"""The worker: one rank of one phase of one stage. Knows its stage directory and its rank, and nothing else.
+
+Started by the local launcher (forked from the warm parent), or from the rank variables that torchrun or srun set:
+
+    torchrun --nproc-per-node 2 -m posttrain.worker runs/x/sft
+    srun python -m posttrain.worker runs/x/sft
+
+Phases: `prepare` (main rank alone, no process group), `run` (all ranks, one process group), `verify` (main rank alone,
+after the process group ended, in a process of its own under the local launcher): reload what was published apart from the
+live model, compare, and write `artifact.json`.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from posttrain import artifact, disk
+from posttrain.error import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
+from posttrain.ledger import Attempt, open_context
+from posttrain.provenance import provenance
+from posttrain.stage import Stage, StageContext
+
+Phase = Literal["prepare", "run", "verify"]
+ERROR_FILE = "rank_{rank}.error.json"
+METRICS_FILE = "final_metrics.json"
+WAIT_FOR_PREPARE_S = 24 * 3600
+
+
+def worker(directory: Path, phase: Phase, rendezvous: Mapping[str, str]) -> None:
+    """Run one phase in a process forked for it, with its output in the attempt's log; ends the process."""
+    # A lone rank must not look like one of many: accelerate would wrap its model for a group of one.
+    os.environ.update(rendezvous if rendezvous["WORLD_SIZE"] != "1" else {name: rendezvous[name] for name in ("MASTER_ADDR", "MASTER_PORT")})
+    _end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver hears Ctrl-C too, and asks for a clean stop
+    rank = int(rendezvous["RANK"])
+    attempt, stage, context = open_context(
+        directory, rank=rank, local_rank=int(rendezvous["LOCAL_RANK"]), world_size=int(rendezvous["WORLD_SIZE"])
+    )
+    with _log_to(_logs(directory, attempt) / f"rank_{rank}.log"):
+        code = _run(attempt, stage, context, [phase])
+    # Libraries leave threads and exit hooks behind that can hang or crash an interpreter on its way out; all that
+    # matters is on disk by now.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main(arguments: list[str]) -> int:
+    """Run all phases in this process, with rank and rendezvous from the environment of torchrun or srun."""
+    if len(arguments) != 1:
+        print("error: usage: python -m posttrain.worker STAGE_DIRECTORY", file=sys.stderr)
+        return EXIT_USER
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
+        names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+        os.environ.update({name: os.environ[slurm] for name, slurm in names.items()})
+    try:
+        attempt, stage, context = open_context(
+            Path(arguments[0]).resolve(),
+            rank=int(os.environ.get("RANK", "0")),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    return _run(attempt, stage, context, ["prepare", "run", "verify"])
+
+
+def _run(attempt: Attempt, stage: Stage[Any], context: StageContext[Any], phases: list[Phase]) -> int:
+    """Run the phases; whatever goes wrong is left in the attempt's logs for the driver to read. Returns the exit code."""
+    try:
+        with disk.explain_disk_errors(context.at):
+            for phase in phases:
+                if phase == "prepare":
+                    _prepare(attempt, stage, context)
+                elif phase == "run":
+                    _train(stage, context)
+                elif context.is_main:
+                    _verify(attempt, stage, context)
+        return EXIT_DONE
+    except Preempted as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return EXIT_PREEMPTED
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        _report(context, attempt, "user", str(error))
+        return EXIT_USER
+    except BaseException as error:
+        traceback.print_exc()
+        _report(context, attempt, "crash", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        return EXIT_CRASH
+
+
+def _prepare(attempt: Attempt, stage: Stage[Any], context: StageContext[Any]) -> None:
+    marker = _logs(context.directory, attempt) / f"prepared.{attempt.token}"
+    if context.is_main:
+        if stage.prepare is not None:
+            stage.prepare(context)
+        marker.touch()
+        return
+    # The other ranks wait on the disk, not in a collective: tokenizing may outlast any collective's time limit.
+    deadline = time.monotonic() + WAIT_FOR_PREPARE_S
+    while not marker.exists():
+        if (marker.parent / ERROR_FILE.format(rank=0)).exists() or time.monotonic() > deadline:
+            raise UserError(f"{context.at}: preparing on rank 0 failed; its message stands in its log")
+        time.sleep(0.2)
+
+
+def _train(stage: Stage[Any], context: StageContext[Any]) -> None:
+    import torch
+
+    os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", context.world_size))))
+    with _process_group(context):
+        metrics = stage.run(context)
+    if context.is_main:
+        disk.write_json(context.directory / METRICS_FILE, metrics)
+        disk.publish_directory(context.output, context.directory / artifact.OUTPUT)
+
+
+@contextlib.contextmanager
+def _process_group(context: StageContext[Any]) -> Iterator[None]:
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(context.local_rank)
+    if context.world_size == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _verify(attempt: Attempt, stage: Stage[Any], context: StageContext[Any]) -> None:
+    metrics = dict(disk.read_json(context.directory / METRICS_FILE) or {})
+    if stage.output == "policy":
+        from posttrain.models import verify_published
+
+        metrics |= verify_published(context)
+    artifact.write_artifact(
+        context.directory,
+        kind=stage.output,
+        fingerprint=attempt.fingerprint,
+        identity=attempt.identity,
+        version=attempt.version,
+        inputs=attempt.input_builds,
+        metrics=metrics,
+        provenance={**provenance(attempt.started), "config": attempt.config, "num_processes": attempt.num_processes},
+    )
+
+
+def _report(context: StageContext[Any], attempt: Attempt, kind: str, message: str) -> None:
+    with contextlib.suppress(OSError):  # on a full disk the message still stands in the log and the exit code still speaks
+        disk.write_json(_logs(context.directory, attempt) / ERROR_FILE.format(rank=context.rank), {"kind": kind, "message": message})
+
+
+def _logs(directory: Path, attempt: Attempt) -> Path:
+    return directory / "logs" / f"attempt_{attempt.number}"
+
+
+@contextlib.contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """Send stdout and stderr, of this process and of the libraries in it, to `path`."""
+    with open(path, "a", buffering=1, encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        yield
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when the warm parent ends, so that a killed driver leaves nothing behind."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,109 @@
+"""DPO: move a policy toward chosen and away from rejected answers, without a reward model.
+
+  loss = -log sigmoid(beta * [(log pi_c - log ref_c) - (log pi_r - log ref_r)])          (Rafailov et al., 2023, eq. 7)
+
+Reads: policy (the start, and the frozen reference), data (preference pairs).  Writes: policy.
+Differences from trl.DPOTrainer: 1. the global batch is config; 2. the reference is always the input policy, also under
+LoRA, and its log-probs are computed once, before training; 3. a pair over `max_length`, or one whose answers are the same,
+is an error unless the config says otherwise.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.recipe import TrainingConfig
+from posttrain.stage import Role, Stage, StageContext
+
+LossType = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down",
+    "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+
+
+class DPOConfig(TrainingConfig):
+    """What DPO learns, and how."""
+
+    beta: float = Field(0.1, gt=0)
+    """Pull toward the reference; larger stays closer. Dimensionless."""
+    loss_type: list[LossType] = Field(["sigmoid"], min_length=1)
+    """Losses as TRL names them; several are added up by `loss_weights`."""
+    loss_weights: list[float] | None = None
+    """Weight of each loss; 1 by default."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of pairs taken to be labelled the wrong way round, for the losses `robust` and `exo_pair`."""
+    learning_rate: float = Field(5e-7, gt=0)
+    """Peak learning rate, after warm-up."""
+    global_batch_size: int = Field(64, ge=1)
+    """Preference pairs for each optimizer step, over all ranks."""
+
+    @model_validator(mode="after")
+    def _weights_match(self) -> "DPOConfig":
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(f"loss_weights: {len(self.loss_weights)} given for {len(self.loss_type)} losses; give one for each")
+        if "exo_pair" in self.loss_type and self.label_smoothing == 0:
+            raise ValueError("label_smoothing: the loss exo_pair needs it above 0, such as 1e-3")
+        return self
+
+
+def prepare(context: StageContext[DPOConfig]) -> None:
+    """Pairs -> token ids of prompt, chosen and rejected; no model, no process group."""
+    from trl import DPOConfig as TrainerConfig
+
+    from posttrain.data.prepared import pair_encoder, prepare
+    from posttrain.fit import check_preparations
+    from posttrain.models import load_tokenizer
+
+    config = context.config
+    check_preparations(context, TrainerConfig)
+    tokenizer, contract = load_tokenizer(
+        context.input("policy"), context.at, chat_template=config.chat_template, system_prompt=config.system_prompt
+    )
+    limits = {"max_length": config.max_length, "on_overflow": config.on_overflow}
+    encoder = pair_encoder(tokenizer, contract, at=context.at, **limits)
+    prepare(context, context.input("data"), encoder, {"kind": "pair", "contract": contract.digest, **limits})
+
+
+def run(context: StageContext[DPOConfig]) -> dict[str, float]:
+    """Compute the reference, train and publish; every rank."""
+    from trl import DPOConfig as TrainerConfig
+    from trl import DPOTrainer
+
+    from posttrain.data.prepared import read_prepared
+    from posttrain.fit import OurOrder, fit, open_fitting
+    from posttrain.models import probe_rows
+
+    class Trainer(OurOrder, DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # prepared before any process group existed
+
+    config = context.config
+    fitting = open_fitting(
+        context,
+        TrainerConfig,
+        beta=config.beta,
+        loss_type=config.loss_type,
+        loss_weights=config.loss_weights,
+        label_smoothing=config.label_smoothing,
+        max_length=None,
+        precompute_ref_log_probs=True,
+    )
+    dataset = read_prepared(context).load()
+    trainer: Any = Trainer(
+        model=fitting.model,
+        args=fitting.arguments,
+        train_dataset=dataset,
+        processing_class=fitting.tokenizer,
+        peft_config=fitting.peft_config,
+    )
+    return fit(trainer, context, fitting, probe_rows(dataset, ("prompt_ids", "chosen_ids")))
+
+
+STAGE = Stage(
+    kind="dpo",
+    config=DPOConfig,
+    inputs={"policy": Role("policy"), "data": Role("dataset")},
+    output="policy",
+    prepare=prepare,
+    run=run,
+)

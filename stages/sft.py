@@ -1,0 +1,80 @@
+"""SFT: teach a policy to answer, by the likelihood of the answers it is shown.
+
+  loss = -1/N * sum over trained tokens of log pi(token | all before it)          N: trained tokens of the global batch
+
+Trained are the assistant's tokens and the stop token of each of its turns; nothing else.
+
+Reads: policy (the start), data (conversations).  Writes: policy.
+Differences from trl.SFTTrainer: 1. the global batch is config, and N is counted over all of it; 2. only answers are
+trained, for every chat template; 3. a sample over `max_length` is an error unless the config says otherwise.
+"""
+
+from typing import Any
+
+from pydantic import Field
+
+from posttrain.recipe import TrainingConfig
+from posttrain.stage import Role, Stage, StageContext
+
+
+class SFTConfig(TrainingConfig):
+    """What SFT learns, and how."""
+
+    learning_rate: float = Field(2e-5, gt=0)
+    """Peak learning rate, after warm-up."""
+    global_batch_size: int = Field(64, ge=1)
+    """Conversations for each optimizer step, over all ranks."""
+
+
+def prepare(context: StageContext[SFTConfig]) -> None:
+    """Rows -> token ids and labels; no model, no process group."""
+    from trl import SFTConfig as TrainerConfig
+
+    from posttrain.data.prepared import conversation_encoder, prepare
+    from posttrain.fit import check_preparations
+    from posttrain.models import load_tokenizer
+
+    config = context.config
+    check_preparations(context, TrainerConfig)
+    tokenizer, contract = load_tokenizer(
+        context.input("policy"), context.at, chat_template=config.chat_template, system_prompt=config.system_prompt
+    )
+    limits = {"max_length": config.max_length, "on_overflow": config.on_overflow}
+    encoder = conversation_encoder(tokenizer, contract, at=context.at, **limits)
+    prepare(context, context.input("data"), encoder, {"kind": "conversation", "contract": contract.digest, **limits})
+
+
+def run(context: StageContext[SFTConfig]) -> dict[str, float]:
+    """Train and publish; every rank."""
+    from trl import SFTConfig as TrainerConfig
+    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    from posttrain.data.prepared import read_prepared
+    from posttrain.fit import OurOrder, fit, open_fitting
+    from posttrain.models import probe_rows
+
+    class Trainer(OurOrder, SFTTrainer):
+        pass
+
+    fitting = open_fitting(context, TrainerConfig, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+    dataset = read_prepared(context).load()
+    trainer: Any = Trainer(
+        model=fitting.model,
+        args=fitting.arguments,
+        train_dataset=dataset,
+        processing_class=fitting.tokenizer,
+        peft_config=fitting.peft_config,
+    )
+    trainer.data_collator = DataCollatorForLanguageModeling(fitting.tokenizer.pad_token_id, padding_free=context.config.packing)
+    return fit(trainer, context, fitting, probe_rows(dataset, ("input_ids",)))
+
+
+STAGE = Stage(
+    kind="sft",
+    config=SFTConfig,
+    inputs={"policy": Role("policy"), "data": Role("dataset")},
+    output="policy",
+    prepare=prepare,
+    run=run,
+)
