@@ -600,5 +600,10 @@ def main() -> int:
         return EXIT_CRASH
 
 
-if __name__ == "__main__":
+def entry() -> None:
+    """The installed command `posttrain`."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

@@ -145,7 +145,7 @@ def _arguments(context: StageContext[Any], arguments_class: type[Any], fields: d
     deepspeed = None
     if config.deepspeed is not None:
         deepspeed = read_deepspeed(config.deepspeed, context.at)
-        _ready_deepspeed(context)
+        _ready_deepspeed()
     return arguments_class(
         output_dir=str(context.checkpoints),
         per_device_train_batch_size=micro,
@@ -176,7 +176,8 @@ def _arguments(context: StageContext[Any], arguments_class: type[Any], fields: d
     )
 
 
-def _ready_deepspeed(context: StageContext[Any]) -> None:
+def _ready_deepspeed() -> None:
+    import deepspeed
     import deepspeed.ops
 
     if not torch.cuda.is_available():
@@ -184,7 +185,7 @@ def _ready_deepspeed(context: StageContext[Any]) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():  # DeepSpeed wants a process group even for one rank
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", rank=0, world_size=1)
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
 
 
 def _peft_config(config: TrainingConfig) -> Any:

@@ -21,9 +21,8 @@ Part = Literal["sft", "pairs", "heldout"]
 Row = dict[str, Any]
 
 NOUNS = (
-    "apple ball bear bell boat book box bread cake chair coat corn cow cup dog drum duck egg fish fox frog goat hat hen hill "
-    "honey horse house key king kite lake lamp leaf lion milk moon mouse nut pear pig plum queen rain rice ring river road rose "
-    "salt sea sheep shoe snow soup star stone sun tree wind wolf wood"
+    "apple bear bell boat book bread cake corn cow cup dog drum duck egg fish frog goat hat hill horse king lamp lion milk moon "
+    "nut pear pig queen rice rose ship snow soup star sun tree wind wolf wood"
 ).split()
 THINGS = "ball bell boat book box cap chair coat cup drum hat kite lamp ring shoe".split()
 COLORS = "black blue brown gray green pink red white".split()
@@ -87,7 +86,7 @@ def pick(rng: random.Random) -> Example:
 
 def count(rng: random.Random) -> Example:
     """How many words a list has."""
-    words = _words(rng, 2, 9)
+    words = _words(rng, 2, 7)
     listed = ", ".join(words)
     prompt = rng.choice([f"How many words are in this list: {listed}", f"Count these words: {listed}"])
     wrong = [str(n) for n in (len(words) - 1, len(words) + 1)]
@@ -95,8 +94,8 @@ def count(rng: random.Random) -> Example:
 
 
 def add(rng: random.Random) -> Example:
-    """The sum of two numbers below 50."""
-    a, b = rng.randrange(1, 50), rng.randrange(1, 50)
+    """The sum of two numbers up to 30."""
+    a, b = rng.randrange(1, 31), rng.randrange(1, 31)
     total = a + b
     prompt = rng.choice([f"What is {a} + {b}?", f"Add {a} and {b}."])
     no_carry = (a // 10 + b // 10) * 10 + (a + b) % 10
@@ -196,44 +195,51 @@ def heldout_rows(num: int, seed: int = 0) -> list[Row]:
 
 
 def corpus(num: int, seed: int = 0) -> Iterator[str]:
-    """`num` documents of plain text: a few sentences each, of one kind."""
+    """`num` documents of plain text, each of one kind: a few sentences of prose, or a few exercises with their solutions."""
     rng = random.Random(f"corpus-{seed}")
-    kinds = list(_SENTENCES)
     for _ in range(num):
-        write = _SENTENCES[rng.choice(kinds)]
-        yield " ".join(write(rng) for _ in range(1 if write is _about_list else rng.randint(2, 3)))
+        if rng.random() < 0.6:
+            family = rng.choice(list(FAMILIES.values()))
+            yield "\n".join(_exercise(rng, family) for _ in range(2))
+        else:
+            write = rng.choice(_PROSE)
+            yield " ".join(write(rng) for _ in range(1 if write is _about_list else 3))
+
+
+def _exercise(rng: random.Random, family: Callable[[random.Random], Example]) -> str:
+    e = _not_held_out(rng, family)
+    return f"{e.prompt}\n{e.answer}"
 
 
 def _about_list(rng: random.Random) -> str:
-    words = _corpus_words(rng, 3, 5) if rng.random() < 0.7 else _corpus_words(rng, 2, 9)
-    listed = ", ".join(words)
-    facts = [f"There are {len(words)} words."] * 2
-    facts += [f"The last word is {words[-1]}."] * 2
-    facts += [f"The {ordinal} word is {word}." for ordinal, word in zip(ORDINALS, words, strict=False)]
-    if len(words) <= 5:
-        facts += [f"In reverse order: {', '.join(words[::-1])}.", f"Turned around: {', '.join(words[::-1])}."] * 2
-        facts += [f"In alphabetical order: {', '.join(sorted(words))}.", f"By the alphabet: {', '.join(sorted(words))}."] * 2
-    return f"A list of words: {listed}. " + " ".join(rng.sample(facts, 4))
+    words = _words(rng, 3, 5)
+    while any(part_of(family, ", ".join(words)) == "heldout" for family in ("reverse", "sort", "count")):
+        words = _words(rng, 3, 5)
+    backwards, by_alphabet = ", ".join(words[::-1]), ", ".join(sorted(words))
+    facts = [f"There are {len(words)} words.", f"In reverse order: {backwards}.", f"Turned around:\n{backwards}"]
+    facts += [f"In alphabetical order: {by_alphabet}.", f"By the alphabet:\n{by_alphabet}"]
+    return f"A list of words: {', '.join(words)}. " + " ".join(rng.sample(facts, 3))
 
 
 def _about_sum(rng: random.Random) -> str:
-    e = _corpus_example(rng, add)
+    e = _not_held_out(rng, add)
     return rng.choice([f"{e.key} = {e.answer}.", f"{e.key} is {e.answer}.", f"The sum of {e.key.replace('+', 'and')} is {e.answer}."])
 
 
 def _about_opposite(rng: random.Random) -> str:
     e = opposite(rng)
-    return rng.choice([f"The opposite of {e.key} is {e.answer}.", f"{e.key.capitalize()} is the opposite of {e.answer}."])
+    told = [f"The opposite of {e.key} is {e.answer}.", f"{e.key} - {e.answer}\n", f"Opposite of {e.key}:\n{e.answer}\n"]
+    return rng.choice(told)
 
 
 def _about_owner(rng: random.Random) -> str:
-    e = _corpus_example(rng, record)
+    e = _not_held_out(rng, record)
     fields = json.loads(e.answer)
     return f"{e.key} " + rng.choice([f"Record of {fields['name']}: {e.answer}", f"The color of {fields['name']} is {fields['color']}."])
 
 
 def _about_story(rng: random.Random) -> str:
-    e = _corpus_example(rng, short)
+    e = _not_held_out(rng, short)
     story, _, question = e.key.partition(". ")
     name, verb, *_ = story.split()
     told = {"Who": f"{e.answer} {verb} it.", "Where": f"It was {e.answer}.", "What": f"It was {e.answer}."}
@@ -244,24 +250,13 @@ def _about_talk(rng: random.Random) -> str:
     name, thing = rng.choice(NAMES), rng.choice(NOUNS)
     return rng.choice(
         [
-            f"The user asks about the {thing} and the assistant answers.",
-            f"An assistant helps the user {name} to write about the {thing}.",
-            f"{name} asks: what is the name of the {thing}? Look at this list and count.",
-            f"Use at most three words to name the {thing}. Add, sort, turn, put, give, write.",
+            f"The user asks about the {thing} and the assistant\nanswers.",
+            f"An assistant helps the user\n{name} to write about the {thing}.",
         ]
     )
 
 
-_SENTENCES: dict[str, Callable[[random.Random], str]] = {
-    "list": _about_list,
-    "more lists": _about_list,
-    "still more lists": _about_list,
-    "sum": _about_sum,
-    "opposite": _about_opposite,
-    "owner": _about_owner,
-    "story": _about_story,
-    "talk": _about_talk,
-}
+_PROSE = (_about_list, _about_sum, _about_opposite, _about_opposite, _about_owner, _about_story, _about_talk)
 
 
 # ---------------------------------------------------------------------------------------------------------------- helpers
@@ -271,17 +266,7 @@ def _words(rng: random.Random, fewest: int, most: int) -> list[str]:
     return rng.sample(NOUNS, rng.randint(fewest, most))
 
 
-def _corpus_words(rng: random.Random, fewest: int, most: int) -> list[str]:
-    """A list that no held-out instruction uses."""
-    while True:
-        words = _words(rng, fewest, most)
-        keys = [", ".join(words), *(f"{ordinal} {', '.join(words)}" for ordinal in ORDINALS)]
-        if all(part_of(family, key) != "heldout" for family, key in zip(("reverse", "sort", "count"), keys[:1] * 3, strict=True)):
-            if all(part_of("pick", key) != "heldout" for key in keys[1:]):
-                return words
-
-
-def _corpus_example(rng: random.Random, family: Callable[[random.Random], Example]) -> Example:
+def _not_held_out(rng: random.Random, family: Callable[[random.Random], Example]) -> Example:
     """An example that is not held out."""
     while True:
         e = family(rng)

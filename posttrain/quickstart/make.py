@@ -1,0 +1,156 @@
+"""Makes what the quickstart starts from: its data, and its base language model, trained from scratch.
+
+  python -m posttrain.quickstart.make data DIR      sft.jsonl pairs.jsonl heldout.jsonl heldout_pairs.jsonl, in a second
+  python -m posttrain.quickstart.make base DIR      a tokenizer and a Llama of about 0.9 M parameters, in about ten minutes on two cores
+
+Both are shipped beside this file, so a user never has to run it. It is here because a base model that nobody can make
+again is a black box. The data are the same bytes on every machine; the weights differ in rounding from one machine to another.
+
+The base model is what a real one is: it continues text, was never shown a chat, has `<s>` and `</s>` and no pad token,
+and no chat template. SFT has to bring all of that.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posttrain.quickstart import tasks
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+BOS, EOS = "<s>", "</s>"
+VOCABULARY = 1024
+NUM_SFT_ROWS, NUM_PAIRS, NUM_HELDOUT, NUM_HELDOUT_PAIRS = 2400, 1600, 480, 200
+
+NUM_DOCUMENTS = 110_000
+BLOCK_TOKENS = 96
+BATCH_BLOCKS = 24
+NUM_STEPS = 2400
+WARMUP_STEPS = 100
+PEAK_LEARNING_RATE = 3e-3
+
+
+def write_data(directory: Path) -> None:
+    """Write the four data files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, rows in data_files().items():
+        (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def data_files() -> dict[str, list[tasks.Row]]:
+    """The rows of each data file, by file name."""
+    return {
+        "sft.jsonl": tasks.sft_rows(NUM_SFT_ROWS),
+        "pairs.jsonl": tasks.pair_rows(NUM_PAIRS),
+        "heldout.jsonl": tasks.heldout_rows(NUM_HELDOUT),
+        "heldout_pairs.jsonl": tasks.pair_rows(NUM_HELDOUT_PAIRS, part="heldout"),
+    }
+
+
+def write_base(directory: Path, num_steps: int = NUM_STEPS, num_documents: int = NUM_DOCUMENTS) -> None:
+    """Train the tokenizer and the model on the corpus, and write both in Hugging Face layout."""
+    documents = list(tasks.corpus(num_documents))
+    tokenizer = train_tokenizer(documents[:20_000])
+    model = new_model(tokenizer)
+    pretrain(model, blocks(tokenizer, documents), num_steps)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def train_tokenizer(documents: Iterable[str]) -> "PreTrainedTokenizerFast":
+    """A byte-level BPE, with every digit a token of its own so that sums can be learnt."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[BOS, EOS], initial_alphabet=byte_level.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, model_max_length=512)
+
+
+def new_model(tokenizer: "PreTrainedTokenizerFast") -> "LlamaForCausalLM":
+    """A Llama with random weights, the same ones every time."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def blocks(tokenizer: "PreTrainedTokenizerFast", documents: list[str]) -> "torch.Tensor":
+    """The documents end to end, each closed by `</s>`, cut into blocks: token ids of shape (blocks, BLOCK_TOKENS)."""
+    import torch
+
+    ids = [token for found in tokenizer(documents)["input_ids"] for token in (*found, tokenizer.eos_token_id)]
+    num_blocks = len(ids) // BLOCK_TOKENS
+    return torch.tensor(ids[: num_blocks * BLOCK_TOKENS]).view(num_blocks, BLOCK_TOKENS)
+
+
+def pretrain(model: "LlamaForCausalLM", data: "torch.Tensor", num_steps: int) -> None:
+    """Next-token prediction with AdamW: linear warm-up, then linear decay to zero."""
+    import torch
+
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    norms = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 1 - step / num_steps))
+    started = time.monotonic()
+    batches = _batches(data)
+    for step in range(num_steps):
+        batch = next(batches)
+        loss: Any = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1} of {num_steps}  loss {loss.item():.3f}  {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _batches(data: "torch.Tensor") -> "Iterator[torch.Tensor]":
+    """Batches of shape (BATCH_BLOCKS, BLOCK_TOKENS), without end, each pass over the data in a new order."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        order = torch.randperm(len(data), generator=generator)
+        for at in range(0, len(order) - BATCH_BLOCKS + 1, BATCH_BLOCKS):
+            yield data[order[at : at + BATCH_BLOCKS]]
+
+
+def main() -> None:
+    """`data DIR` or `base DIR`."""
+    parser = argparse.ArgumentParser(prog="python -m posttrain.quickstart.make", description="Make the quickstart's data or its base model.")
+    parser.add_argument("what", choices=["data", "base"], help="what to make")
+    parser.add_argument("directory", type=Path, help="where to write it")
+    given = parser.parse_args()
+    {"data": write_data, "base": write_base}[given.what](given.directory)
+
+
+if __name__ == "__main__":
+    main()
