@@ -29,7 +29,7 @@ from posttrain.chat import ChatContract
 from posttrain.checkpoint import last_complete, mark_complete
 from posttrain.config import nearest
 from posttrain.error import Preempted, UserError
-from posttrain.models import load_policy, load_tokenizer, publish, stored_dtype
+from posttrain.models import load_policy, load_tokenizer, publish, stored_dtype, train_new_tokens
 from posttrain.progress import Progress
 from posttrain.recipe import TrainingConfig
 from posttrain.stage import Input, StageContext
@@ -86,7 +86,7 @@ def _fits(value: object, hint: Any) -> bool:
         return any(_fits(value, option) for option in get_args(hint))
     kind = get_origin(hint) or hint
     if not isinstance(kind, type):
-        return value == kind
+        return bool(value == kind)
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
@@ -203,13 +203,21 @@ class OurOrder(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The micro-batches of this rank; accelerate must not shard them again."""
+        dataset: Any = self.train_dataset
         return DataLoader(
-            self.train_dataset,
-            batch_sampler=self.batches,  # type: ignore[arg-type]
+            dataset,
+            batch_sampler=self.batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """What weight decay applies to: never an embedding of which only new rows are trained."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        table = model.get_input_embeddings().weight
+        whole = {name for name, parameter in model.named_parameters() if parameter is not table} if hasattr(model, "peft_config") else names
+        return [name for name in names if name in whole]
 
     def create_model_card(self, *arguments: Any, **values: Any) -> None:
         """TRL writes a card into every checkpoint; ours is private state and needs none."""
@@ -244,6 +252,8 @@ def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: l
     progress.phase("train", num_steps, last.step if last else 0)
     watch = Watch(context, trainer.batches, progress)
     trainer.add_callback(watch)
+    if config.lora is not None:
+        train_new_tokens(trainer.model, fitting.tokenizer, fitting.contract)
     with _signals(watch):
         if last is None or last.step < num_steps:
             trainer.train(resume_from_checkpoint=str(last.path) if last else None)
@@ -288,10 +298,10 @@ class Watch(TrainerCallback):
         if state.global_step == self.batches.num_steps:
             control.should_save = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Write the logged values, with the speed since the last time, as they are logged."""
-        if "loss" not in logs:
-            return
+        if logs is None or "loss" not in logs:
+            return  # the summary at the end, which says nothing new
         values = {name: float(value) for name, value in logs.items() if isinstance(value, (int, float))}
         now = time.monotonic()
         values["tokens_per_s"] = self.tokens / (now - self.since)

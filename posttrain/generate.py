@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from posttrain.chat import ChatContract, check_contract, encode_prompt, read_contract
 from posttrain.error import UserError
@@ -13,12 +13,19 @@ from posttrain.error import UserError
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, contract: ChatContract) -> list[int]:
     """Ids of the tokens that end an answer."""
-    ids: list[int] = tokenizer.convert_tokens_to_ids(list(contract.stop_tokens))
-    return ids
+    ids: Any = tokenizer.convert_tokens_to_ids(list(contract.stop_tokens))
+    return list(ids)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of an answer's tokens, without special ones."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert isinstance(text, str), "one row of ids decodes to one text"
+    return text
 
 
 def answer_all(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     contract: ChatContract,
     prompts: Sequence[list[int]],
@@ -52,7 +59,7 @@ def answer_all(
         )[:, width:].tolist()
         for index, tokens in zip(batch, generated, strict=True):
             end = next((position for position, token in enumerate(tokens) if token in stops), len(tokens))
-            answers[index] = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+            answers[index] = decode(tokenizer, tokens[:end])
         tick(start + len(batch))
     return answers
 
@@ -91,7 +98,7 @@ def _reply(model: Any, tokenizer: PreTrainedTokenizerBase, contract: ChatContrac
     room = model.config.get_text_config().max_position_embeddings - ids.shape[1]
     if room < 1:
         raise UserError(f"chat: the conversation has {ids.shape[1]} tokens, more than the model can read; begin again with /new")
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     generated = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -101,5 +108,4 @@ def _reply(model: Any, tokenizer: PreTrainedTokenizerBase, contract: ChatContrac
         pad_token_id=tokenizer.pad_token_id,
         streamer=streamer,
     )
-    answer: str = tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)
-    return answer
+    return decode(tokenizer, generated[0, ids.shape[1] :].tolist())

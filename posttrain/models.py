@@ -7,7 +7,7 @@ the trained model, logits on a probe batch against those of the live model, and 
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def load_tokenizer(
 def load_generation_config(source: ModelSource) -> GenerationConfig:
     """The generation config of a model, or the defaults that its config implies."""
     with contextlib.suppress(OSError):
-        return GenerationConfig.from_pretrained(source.model, revision=source.revision)
+        return GenerationConfig.from_pretrained(source.model, revision=source.revision or "main")
     config = AutoConfig.from_pretrained(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
     return GenerationConfig.from_model_config(config)
 
@@ -85,7 +85,7 @@ def load_policy(
         )
     _add_tokens(model, tokenizer, contract)
     apply_to_generation(contract, tokenizer, model)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def stored_dtype(source: ModelSource) -> torch.dtype:
@@ -96,16 +96,51 @@ def stored_dtype(source: ModelSource) -> torch.dtype:
 
 def _add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, contract: ChatContract) -> None:
     """Make room for the contract's new tokens; they start as the mean of the old ones (Hewitt, 2021), without noise."""
-    if read_contract(Path(model.config._name_or_path)) is not None or not contract.added_tokens:
+    if not _brings_tokens(model, contract):
         return
-    new = sorted(tokenizer.convert_tokens_to_ids(list(contract.added_tokens)))
+    new = _token_ids(tokenizer, contract.added_tokens)
     if len(tokenizer) > model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    tables = {id(table.weight): table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None}
-    for table in tables.values():
+    for table in _embedding_tables(model):
         with gathered([table.weight], modify=True), torch.no_grad():
             if table.weight.numel():  # under ZeRO-3 the ranks that do not modify hold nothing
                 table.weight[new] = table.weight[: min(new)].mean(dim=0)
+
+
+def _brings_tokens(model: PreTrainedModel, contract: ChatContract) -> bool:
+    """Whether the contract has tokens that the stored model does not know: one with a contract of its own knows all."""
+    return bool(contract.added_tokens) and read_contract(Path(model.config._name_or_path)) is None
+
+
+def _embedding_tables(model: Any) -> list[Any]:
+    """The modules that hold a vector for each token: one where input and output are tied, else two."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    return list({id(table.weight): table for table in tables if table is not None}.values())
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    assert isinstance(ids, list), "several tokens give several ids"
+    return sorted(ids)
+
+
+def train_new_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, contract: ChatContract) -> None:
+    """Let the embeddings of the contract's new tokens be trained in a LoRA model, whose other weights are frozen.
+
+    Otherwise they would all stay at the same mean, and a stop token that equals another token is never chosen.
+    """
+    if not _brings_tokens(model, contract):
+        return
+    new = _token_ids(tokenizer, contract.added_tokens)
+    for table in _embedding_tables(model):
+
+        def only_new(gradient: torch.Tensor) -> torch.Tensor:
+            kept = torch.zeros_like(gradient)
+            kept[new] = gradient[new]
+            return kept
+
+        table.weight.requires_grad_(True)
+        table.weight.register_hook(only_new)
 
 
 @contextlib.contextmanager
@@ -181,8 +216,8 @@ def _merge(
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     adapter = context.output / ADAPTER
-    model.save_pretrained(adapter, state_dict=state)
-    unset_hf_deepspeed_config()  # the merge happens on this rank alone, in whole weights
+    model.save_pretrained(adapter, state_dict=state, save_embedding_layers=_brings_tokens(model, contract))
+    unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]  # the merge happens on this rank alone, in whole weights
     base = load_policy(given.model, tokenizer, contract, context.at, dtype=torch.float32)
     merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     return merged, gather_state(merged, keep=True)
@@ -200,8 +235,9 @@ def _probe(forward: torch.nn.Module, model: PreTrainedModel, ids: list[list[int]
     was_training = forward.training
     forward.eval()
     with torch.no_grad():
-        logits = forward(input_ids=torch.tensor(ids, device=model.device), use_cache=False).logits[:, -PROBE_KEPT:]
+        output = forward(input_ids=torch.tensor(ids, device=model.device), use_cache=False)
     forward.train(was_training)
+    logits: torch.Tensor = output.logits[:, -PROBE_KEPT:]
     return logits.float().cpu().contiguous()
 
 
@@ -212,7 +248,8 @@ def verify_published(context: StageContext[Any]) -> dict[str, float]:
     """
     output = context.directory / OUTPUT
     at = f"{context.at}: {output}"
-    model, loading = AutoModelForCausalLM.from_pretrained(output, dtype="auto", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(output, dtype="auto", output_loading_info=True)
+    model, loading = loaded
     if missing := sorted(loading["missing_keys"]) + sorted(loading["unexpected_keys"]):
         raise RuntimeError(f"{at}: reloading it misses or invents tensors: {missing[:5]}")
     state = gather_state(model, keep=True)
@@ -237,13 +274,13 @@ def verify_published(context: StageContext[Any]) -> dict[str, float]:
     return {"handoff_logit_drift": drift}
 
 
-def _verify_contract(output: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, at: str) -> None:
+def _verify_contract(output: Path, tokenizer: PreTrainedTokenizerBase, model: Any, at: str) -> None:
     contract = read_contract(output)
     assert contract is not None, f"{at}: published without a chat contract"
     check_contract(contract, tokenizer, at)
     stops = model.generation_config.eos_token_id
-    promised = tokenizer.convert_tokens_to_ids(list(contract.stop_tokens))
-    if sorted(stops if isinstance(stops, list) else [stops]) != sorted(promised):
+    promised = _token_ids(tokenizer, contract.stop_tokens)
+    if sorted(stops if isinstance(stops, list) else [stops]) != promised:
         raise RuntimeError(f"{at}: generation stops at token {stops}, but the chat contract says {promised}")
     if model.generation_config.pad_token_id != tokenizer.pad_token_id:
         raise RuntimeError(f"{at}: generation pads with token {model.generation_config.pad_token_id}, the tokenizer with {tokenizer.pad_token_id}")
@@ -258,7 +295,7 @@ def _coarsest(context: StageContext[Any], tensors: dict[str, list[Any]]) -> torc
 
 def _describe(tensor: torch.Tensor) -> list[Any]:
     """Shape, type and hash of a tensor's bytes, as plain JSON."""
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return [list(tensor.shape), str(tensor.dtype).removeprefix("torch."), hashlib.sha256(data).hexdigest()]
 
 

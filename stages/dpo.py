@@ -59,7 +59,7 @@ def prepare(context: StageContext[DPOConfig]) -> None:
     tokenizer, contract = load_tokenizer(
         context.input("policy"), context.at, chat_template=config.chat_template, system_prompt=config.system_prompt
     )
-    limits = {"max_length": config.max_length, "on_overflow": config.on_overflow}
+    limits: dict[str, Any] = {"max_length": config.max_length, "on_overflow": config.on_overflow}
     encoder = pair_encoder(tokenizer, contract, at=context.at, **limits)
     prepare(context, context.input("data"), encoder, {"kind": "pair", "contract": contract.digest, **limits})
 

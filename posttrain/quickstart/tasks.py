@@ -203,7 +203,7 @@ def corpus(num: int, seed: int = 0) -> Iterator[str]:
             yield "\n".join(_exercise(rng, family) for _ in range(2))
         else:
             write = rng.choice(_PROSE)
-            yield " ".join(write(rng) for _ in range(1 if write is _about_list else 3))
+            yield " ".join(write(rng) for _ in range(1 if write in (_about_list, _about_repeats) else 3))
 
 
 def _exercise(rng: random.Random, family: Callable[[random.Random], Example]) -> str:
@@ -219,6 +219,12 @@ def _about_list(rng: random.Random) -> str:
     facts = [f"There are {len(words)} words.", f"In reverse order: {backwards}.", f"Turned around:\n{backwards}"]
     facts += [f"In alphabetical order: {by_alphabet}.", f"By the alphabet:\n{by_alphabet}"]
     return f"A list of words: {', '.join(words)}. " + " ".join(rng.sample(facts, 3))
+
+
+def _about_repeats(rng: random.Random) -> str:
+    """The cheapest way to teach a small model to copy, which most of the tasks are built on."""
+    words = ", ".join(_words(rng, 4, 8))
+    return rng.choice([f"Say it again: {words}\n{words}", f"{words} and again {words}.", f"Repeat {words}: {words}"])
 
 
 def _about_sum(rng: random.Random) -> str:
@@ -256,7 +262,7 @@ def _about_talk(rng: random.Random) -> str:
     )
 
 
-_PROSE = (_about_list, _about_sum, _about_opposite, _about_opposite, _about_owner, _about_story, _about_talk)
+_PROSE = (_about_list, _about_repeats, _about_repeats, _about_sum, _about_opposite, _about_opposite, _about_owner, _about_story, _about_talk)
 
 
 # ---------------------------------------------------------------------------------------------------------------- helpers
