@@ -1,9 +1,12 @@
-"""The runner, read top to bottom: Node -> plan -> decide -> execute -> commands. Imports no torch.
+"""The runner, read top to bottom: Node -> plan -> decide -> execute -> commands.
 
     python pipeline.py plan configs/quickstart.yaml       what would run, and why
     python pipeline.py run configs/quickstart.yaml        run what is not finished; safe to repeat
+
+Imports no torch.
 """
 
+import errno
 import json
 import os
 import signal
@@ -17,13 +20,27 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from posttrain import artifact, disk, ledger
-from posttrain.config import DataSource, LauncherConfig, ModelSource, PipelineConfig, fields_help, identity, nearest, read_pipeline, validate
+from posttrain.checkpoint import last_complete
+from posttrain.config import (
+    DataSource,
+    LauncherConfig,
+    ModelSource,
+    PipelineConfig,
+    fields_help,
+    identity,
+    nearest,
+    read_pipeline,
+    validate,
+)
 from posttrain.error import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, StageFailed, UserError
 from posttrain.stage import ArtifactKind, Stage, StageConfig, load_stage
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from posttrain.launch import Launch
 
 Action = Literal["run", "resume", "skip", "reuse", "rebuild", "drift", "running"]
 WORK: tuple[Action, ...] = ("run", "resume", "rebuild")
@@ -50,6 +67,8 @@ class Node:
     config: StageConfig
     inputs: Mapping[str, tuple["Node | Pinned", ...]]
     num_processes: int
+    identity: Mapping[str, Any]
+    """Kind of the stage, and what of its config changes the bytes of its output."""
     fingerprint: str
     run: str
     root: Path
@@ -78,10 +97,12 @@ class Decision:
 
 def plan(config: PipelineConfig, root: Path) -> list[Node]:
     """The stages of a pipeline, wired and fingerprinted, in order. Reads nothing but the hashes of its sources."""
+    if root.exists() and not root.is_dir():
+        raise UserError(f"--root {root}: is a file; give the directory of all runs")
     hashes = disk.HashCache(root / ".hashes.json")
-    sources = {
-        name: Pinned(name, source, artifact.fingerprint_source(source, f"sources.{name}", hashes)) for name, source in config.sources.items()
-    }
+    sources = {}
+    for name, source in config.sources.items():
+        sources[name] = Pinned(name, source, artifact.fingerprint_source(source, f"sources.{name}", hashes))
     hashes.save()
     nodes: dict[str, Node] = {}
     for name, raw in config.stages.items():
@@ -91,19 +112,21 @@ def plan(config: PipelineConfig, root: Path) -> list[Node]:
 
 def _wire(name: str, raw: dict[str, Any], config: PipelineConfig, known: Mapping[str, Node | Pinned], root: Path) -> Node:
     at = f"stages.{name}"
-    stage = load_stage(raw.pop("kind", name), at)
+    stage = load_stage(raw.get("kind", name), f"{at}.kind" if "kind" in raw else at)
+    raw.pop("kind", None)
     wires = raw.pop("inputs", {})
     settings = validate(stage.config, raw, at)
     inputs = _read_wires(f"{at}.inputs", wires, stage, config, known)
     num_processes = settings.num_processes or config.launcher.num_processes or num_devices()
     settings.check(num_processes, at)
+    identical = {"kind": stage.kind, **identity(settings, at)}
     recipe = {
-        "kind": stage.kind,
         "version": stage.version,
-        "config": identity(settings),
+        "config": identical,
         "inputs": {role: [entry.fingerprint for entry in entries] for role, entries in inputs.items()},
     }
-    return Node(name, stage, settings, inputs, num_processes, disk.hash_json(recipe), config.run, root, root / config.run / name)
+    fingerprint = disk.hash_json(recipe)
+    return Node(name, stage, settings, inputs, num_processes, identical, fingerprint, config.run, root, root / config.run / name)
 
 
 def _read_wires(
@@ -129,7 +152,7 @@ def _read_wires(
 
 def _find(at: str, name: object, kind: ArtifactKind, config: PipelineConfig, known: Mapping[str, Node | Pinned]) -> Node | Pinned:
     if not isinstance(name, str) or name not in known:
-        if name in config.stages:
+        if isinstance(name, str) and name in config.stages:
             raise UserError(f"{at}: {name!r} does not stand above; an input must be a source or an earlier stage")
         raise UserError(f"{at}: {name!r} is neither a source nor an earlier stage; {nearest(str(name), list(known))}")
     entry = known[name]
@@ -175,69 +198,62 @@ def decide(node: Node, builds: Mapping[str, str | None], rebuild: Sequence[str] 
         return Decision("reuse", f"finished as {found.directory}", found.id, found)
     if attempt is None:
         return Decision("run", "not started")
-    state = _resumable(node)
+    state = _resumable(node.directory)
     if state is None:
         return Decision("run", f"attempt {attempt.number} left nothing to resume")
-    changes = differences(node, attempt.identity, attempt.version, attempt.input_builds)
-    if changes.recipe:
-        return Decision("drift", f"{changes.recipe}, but {state} is of the old config")
-    if pending or wanted != attempt.input_builds:
-        return Decision("rebuild", f"{', '.join(pending) or changes.inputs or 'an input'} was built again since {state}")
+    if changes := differences(node, attempt, attempt.input_builds):
+        return Decision("drift", f"{changes}, but {state} is of the old config")
+    if again := pending or _changed(attempt.input_builds, wanted):
+        return Decision("rebuild", f"{', '.join(again)} was built again since {state}")
     return Decision("resume", f"from {state}")
 
 
 def _decide_finished(node: Node, finished: artifact.Artifact, pending: list[str], wanted: dict[str, dict[str, str]]) -> Decision:
-    changes = differences(node, finished.identity, finished.version, finished.inputs)
-    if changes.recipe:
-        return Decision("drift", f"{changes.recipe}, but it finished {finished.finished}")
+    if changes := differences(node, finished, finished.inputs):
+        return Decision("drift", f"{changes}, but it finished {finished.finished}")
     if not finished.output.is_dir():
         return Decision("rebuild", "its output is gone")
     if pending:
         return Decision("rebuild", f"{', '.join(pending)} will be built")
-    if finished.inputs != wanted:
-        changed = [name for name in wanted if finished.inputs[name] != wanted[name]]
-        return Decision("rebuild", f"{', '.join(changed)} was built again")
+    if again := _changed(finished.inputs, wanted):
+        return Decision("rebuild", f"{', '.join(again)} was built again")
     return Decision("skip", f"finished {finished.finished}", finished.id)
 
 
-@dataclass(frozen=True)
-class Differences:
-    """How a recorded recipe differs from today's: in what the user wrote, or only in stages above, which tell by themselves."""
-
-    recipe: str
-    inputs: str
+def _changed(builds: Mapping[str, Mapping[str, str]], wanted: Mapping[str, Mapping[str, str]]) -> list[str]:
+    return [name for name in wanted if builds[name] != wanted[name]]
 
 
-def differences(node: Node, recorded: Mapping[str, Any], version: int, builds: Mapping[str, Mapping[str, str]]) -> Differences:
-    """Field by field, what changed between a recorded recipe and the node's."""
-    today = identity(node.config)
+def differences(node: Node, recorded: artifact.Artifact | ledger.Attempt, builds: Mapping[str, Mapping[str, str]]) -> str:
+    """Field by field, what the user changed since a recipe and the builds it read were recorded; empty where nothing did, or
+    only in stages above, which tell by themselves."""
     defaults = {name: info.get_default(call_default_factory=True) for name, info in type(node.config).model_fields.items()}
     changes = []
-    for name in sorted(recorded.keys() | today.keys()):
-        before, after = recorded.get(name, defaults.get(name)), today.get(name, defaults.get(name))
+    for name in sorted(recorded.identity.keys() | node.identity.keys()):
+        before, after = recorded.identity.get(name, defaults.get(name)), node.identity.get(name, defaults.get(name))
         if before != after:
             changes.append(f"stages.{node.name}.{name}: {_plain(before)} -> {_plain(after)}")
-    if version != node.stage.version:
-        changes.append(f"stages.{node.name}: stage {node.stage.kind} went from version {version} to {node.stage.version}")
-    names = [entry.name for entry in node.reads]
+    if recorded.version != node.stage.version:
+        changes.append(f"stages.{node.name}: stage {node.stage.kind} went from version {recorded.version} to {node.stage.version}")
+    names = list(dict.fromkeys(entry.name for entry in node.reads))
     if names != list(builds):
         changes.append(f"stages.{node.name}.inputs: {', '.join(builds)} -> {', '.join(names)}")
-        return Differences("; ".join(changes), "")
-    other = [entry for entry in node.reads if builds[entry.name]["fingerprint"] != entry.fingerprint]
-    changes += [f"sources.{entry.name}: changed" for entry in other if isinstance(entry, Pinned)]
-    return Differences("; ".join(changes), ", ".join(entry.name for entry in other if isinstance(entry, Node)))
+        return "; ".join(changes)
+    other = {entry.name: entry for entry in node.reads if builds[entry.name]["fingerprint"] != entry.fingerprint}
+    changes += [f"sources.{name}: changed" for name, entry in other.items() if isinstance(entry, Pinned)]
+    if not changes and not other and recorded.fingerprint != node.fingerprint:
+        changes.append(f"stages.{node.name}.inputs: in other roles than before")
+    return "; ".join(changes)
 
 
 def _plain(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _resumable(node: Node) -> str | None:
-    from posttrain.checkpoint import last_complete
-
-    if (node.directory / artifact.OUTPUT).is_dir():
+def _resumable(directory: Path) -> str | None:
+    if (directory / artifact.OUTPUT).is_dir():
         return "its published output"
-    last = last_complete(node.directory / "checkpoints")
+    last = last_complete(directory / "checkpoints")
     return f"the checkpoint of step {last.step}" if last else None
 
 
@@ -259,7 +275,9 @@ def select(nodes: Sequence[Node], only: str | None, start: str | None, until: st
     for option, name in [("--only", only), ("--from", start), ("--until", until), *(("--rebuild", name) for name in rebuild)]:
         if name is not None and name not in names:
             raise UserError(f"{option} {name}: no such stage; {nearest(name, names)}")
-    if only:
+    if only is not None:
+        if start is not None or until is not None:
+            raise UserError(f"--only {only}: leaves nothing for --from and --until to choose; give one or the other")
         start = until = only
     first = names.index(start) if start else 0
     last = names.index(until) if until else len(names) - 1
@@ -279,8 +297,9 @@ def execute(nodes: Sequence[Node], selected: Sequence[Node], rebuild: Sequence[s
     for node in nodes:
         if node in selected:
             _refuse(node, decisions[node.name])
-        elif decisions[node.name].build is None and any(node in later.reads for later in selected):
-            raise UserError(f"stages.{node.name}: not finished ({decisions[node.name].why}), and a chosen stage reads it; run it first")
+        elif decisions[node.name].action != "skip" and any(node in later.reads for later in selected):
+            action, why = decisions[node.name].action, decisions[node.name].why
+            raise UserError(f"stages.{node.name}: a chosen stage reads it, and it is not ready ({action}: {why}); choose it too")
     with ExitStack() as stack:
         launch = None
         if any(decisions[node.name].action in WORK for node in selected):
@@ -290,9 +309,10 @@ def execute(nodes: Sequence[Node], selected: Sequence[Node], rebuild: Sequence[s
             builds.update({entry.name: entry.fingerprint for entry in node.reads if isinstance(entry, Pinned)})
             decision = decide(node, builds, rebuild)
             _refuse(node, decision)
-            console.print(f"[bold]{node.name}[/bold]  {decision.action}: {decision.why}", highlight=False)
+            console.print(f"{node.name}  {decision.action}: {decision.why}", highlight=False, soft_wrap=True)
             if decision.action in WORK:
-                assert launch is not None, "a stage began to need work while the run was under way"
+                if launch is None:  # what was to be reused is gone since
+                    launch = stack.enter_context(open_launcher(launcher, console))
                 _build(node, decision.action, launch)
             elif decision.found:
                 _reuse(node, decision.found)
@@ -307,25 +327,58 @@ def _refuse(node: Node, decision: Decision) -> None:
         raise UserError(f"stages.{node.name}: {decision.why}; wait for it, or stop it")
 
 
-def _build(node: Node, action: Action, launch: Any) -> None:
+def _build(node: Node, action: Action, launch: "Launch") -> None:
+    with _held(node):
+        if action != "rebuild" and artifact.read_artifact(node.directory):
+            raise UserError(f"stages.{node.name}: another process finished it just now; run the same command again to go on from there")
+        if action != "resume":
+            _move_aside(node)
+        try:
+            launch(node.directory, _start(node))
+        except StageFailed as failure:
+            if disk.is_full(node.directory):  # then the stage could not even leave word of why it failed
+                raise OSError(errno.ENOSPC, str(failure)) from failure
+            raise
+
+
+def _reuse(node: Node, found: artifact.Artifact) -> None:
+    with _held(node):
+        _move_aside(node)
+        _start(node)
+        for name in ledger.EVIDENCE:
+            if (found.directory / name).is_file():
+                disk.link_file(found.directory / name, node.directory / name)
+        aside = node.directory / "output.partial"
+        disk.link_tree(found.output, aside)
+        disk.publish_directory(aside, node.directory / artifact.OUTPUT)
+        disk.write_text(node.directory / artifact.FILE, (found.directory / artifact.FILE).read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _held(node: Node) -> Iterator[None]:
     with disk.explain_disk_errors(f"stages.{node.name}"):
         node.directory.mkdir(parents=True, exist_ok=True)
         with ledger.lease(node.directory):
-            if action != "resume":
-                disk.move_aside([node.directory / name for name in ledger.BUILT], node.root / node.run / ".old" / node.name)
-            attempt = ledger.start_attempt(
-                node.directory,
-                stage=node.stage,
-                name=node.name,
-                run=node.run,
-                root=node.root,
-                fingerprint=node.fingerprint,
-                identity=identity(node.config),
-                config=node.config,
-                inputs={role: [_record(entry) for entry in entries] for role, entries in node.inputs.items()},
-                num_processes=node.num_processes,
-            )
-            launch(node.directory, attempt)
+            yield
+
+
+def _move_aside(node: Node) -> None:
+    disk.move_aside([node.directory / name for name in ledger.BUILT], node.root / node.run / ".old" / node.name)
+
+
+def _start(node: Node) -> ledger.Attempt:
+    return ledger.start_attempt(
+        node.directory,
+        stage=node.stage,
+        name=node.name,
+        run=node.run,
+        root=node.root,
+        fingerprint=node.fingerprint,
+        identity=node.identity,
+        config=node.config,
+        inputs={role: [_record(entry) for entry in entries] for role, entries in node.inputs.items()},
+        num_processes=node.num_processes,
+    )
 
 
 def _record(entry: Node | Pinned) -> dict[str, Any]:
@@ -338,21 +391,10 @@ def _record(entry: Node | Pinned) -> dict[str, Any]:
     return {"name": entry.name, "kind": kind, "fingerprint": entry.fingerprint, "id": build, "source": source.model_dump(mode="json")}
 
 
-def _reuse(node: Node, found: artifact.Artifact) -> None:
-    with disk.explain_disk_errors(f"stages.{node.name}"):
-        node.directory.mkdir(parents=True, exist_ok=True)
-        with ledger.lease(node.directory):
-            disk.move_aside([node.directory / name for name in ledger.BUILT], node.root / node.run / ".old" / node.name)
-            aside = node.directory / "output.partial"
-            disk.link_tree(found.output, aside)
-            disk.publish_directory(aside, node.directory / artifact.OUTPUT)
-            disk.write_text(node.directory / artifact.FILE, (found.directory / artifact.FILE).read_text(encoding="utf-8"))
-
-
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False)
 def cli() -> None:
     """Turn a base language model into a chat model: one file names data and stages, one command runs the chain."""
 
@@ -377,7 +419,14 @@ _rebuild = click.option("--rebuild", metavar="STAGE", multiple=True, help="Build
 @_root
 @_json
 def plan_command(
-    config: Path, overrides: tuple[str, ...], only: str | None, start: str | None, until: str | None, rebuild: tuple[str, ...], root: Path, as_json: bool
+    config: Path,
+    overrides: tuple[str, ...],
+    only: str | None,
+    start: str | None,
+    until: str | None,
+    rebuild: tuple[str, ...],
+    root: Path,
+    as_json: bool,
 ) -> None:
     """What would run, and why. Changes nothing."""
     nodes = plan(read_pipeline(config, overrides), root)
@@ -446,7 +495,8 @@ def stages_command(kind: str | None, as_json: bool) -> None:
     if kind is None:
         stages = [load_stage(name, name) for name in STAGES]
         if as_json:
-            click.echo(json.dumps([{"kind": s.kind, "inputs": {r: i.kind for r, i in s.inputs.items()}, "output": s.output} for s in stages], indent=1))
+            kinds = [{"kind": s.kind, "inputs": {r: i.kind for r, i in s.inputs.items()}, "output": s.output} for s in stages]
+            click.echo(json.dumps(kinds, indent=1))
             return
         table = _table("kind", "reads", "writes", "what it does")
         for stage in stages:
@@ -497,18 +547,29 @@ def _plan_row(node: Node, decision: Decision) -> dict[str, Any]:
 
 
 def _recorded_row(directory: Path) -> dict[str, Any]:
-    attempt, finished, holder = ledger.read_attempt(directory), artifact.read_artifact(directory), ledger.lease_holder(directory)
-    action: Action = "running" if holder else "skip" if finished else "resume"
+    attempt = ledger.read_attempt(directory)
+    action, why = _recorded_state(directory)
     return {
         "run": directory.parent.name,
         "stage": directory.name,
         "kind": attempt.kind if attempt else "",
         "action": action,
-        "why": str(holder) if holder else f"finished {finished.finished}" if finished else "not finished",
+        "why": why,
         "fingerprint": attempt.fingerprint if attempt else None,
         "inputs": {role: [e["name"] for e in entries] for role, entries in attempt.inputs.items()} if attempt else {},
         **_state(directory),
     }
+
+
+def _recorded_state(directory: Path) -> tuple[Action, str]:
+    """What a run would do about a stage whose config is not known here."""
+    if holder := ledger.lease_holder(directory):
+        return "running", f"being built by {holder}"
+    if finished := artifact.read_artifact(directory):
+        return "skip", f"finished {finished.finished}"
+    if state := _resumable(directory):
+        return "resume", f"from {state}"
+    return "run", "left nothing to resume"
 
 
 def _state(directory: Path) -> dict[str, Any]:
@@ -549,8 +610,8 @@ def _show_results(console: "Console", selected: Sequence[Node], config: Path, ov
 def _console() -> "Console":
     from rich.console import Console
 
-    # A pipe or a log file has no width: lines there are not broken.
-    return Console() if sys.stdout.isatty() else Console(width=200, no_color=True)
+    # What users write may hold square brackets, which are not markup. A pipe or a log file has no width: lines there are not broken.
+    return Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=10_000, no_color=True)
 
 
 def _table(*columns: str, title: str | None = None) -> "Table":
@@ -560,9 +621,11 @@ def _table(*columns: str, title: str | None = None) -> "Table":
     return Table(*columns, title=title, box=box.SIMPLE_HEAD, title_justify="left")
 
 
-def _coloured(action: str) -> str:
-    colours = {"skip": "green", "reuse": "green", "run": "cyan", "resume": "cyan", "rebuild": "yellow", "drift": "red", "running": "magenta"}
-    return f"[{colours[action]}]{action}[/]"
+def _coloured(action: str) -> "Text":
+    from rich.text import Text
+
+    colours = {"run": "cyan", "resume": "cyan", "rebuild": "yellow", "drift": "red", "running": "magenta"}
+    return Text(action, colours.get(action, "green"))
 
 
 @contextmanager
@@ -585,19 +648,22 @@ def main() -> int:
             cli(standalone_mode=False)
         return EXIT_DONE
     except UserError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {_one_line(str(error))}", err=True)
         return EXIT_USER
-    except click.exceptions.Exit as done:
-        return done.exit_code
     except click.ClickException as error:
-        click.echo(f"error: {error.format_message()}", err=True)
+        click.echo(f"error: {_one_line(error.format_message()).rstrip('.')}; --help says what there is", err=True)
         return EXIT_USER
     except (Preempted, click.Abort, KeyboardInterrupt) as stopped:
         click.echo(f"stopped: {str(stopped) or 'interrupted'}; run the same command again to go on", err=True)
         return EXIT_PREEMPTED
     except StageFailed as failure:
-        click.echo(f"failed: {failure}", err=True)
+        click.echo(f"failed: {_one_line(str(failure))}", err=True)
         return EXIT_CRASH
+
+
+def _one_line(message: str) -> str:
+    """`message` with what would break the line, or play tricks on a terminal, written as an escape."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
 
 
 def entry() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import disk
-from posttrain.config import DataSource, ModelSource
+from posttrain.config import DATA_SUFFIXES, DataSource, ModelSource
 from posttrain.error import UserError
 from posttrain.stage import ArtifactKind
 
@@ -63,6 +63,8 @@ def read_artifact(directory: Path) -> Artifact | None:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}); delete it, and the stage is checked and finished again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
 
 
 def write_artifact(
@@ -110,16 +112,28 @@ def fingerprint_source(source: ModelSource | DataSource, at: str, hashes: disk.H
 def _content(name: str, revision: str | None, at: str, hashes: disk.HashCache, *, is_model: bool) -> object:
     if revision is not None:
         return {"hub": name, "revision": revision}
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise UserError(f"{at}: {name} does not exist here; give a path on this disk, or a Hub id with its pinned revision")
+    path = Path(name)
     try:
-        if not is_model:
-            if not path.is_file():
-                raise UserError(f"{at}: {name} is a directory; name the data files in it")
-            return {"sha256": hashes.hash_file(path)}
-        if not (path / "config.json").is_file():
-            raise UserError(f"{at}: {name} holds no config.json, so it is no model directory; give one in Hugging Face layout")
-        return {str(file.relative_to(path)): hashes.hash_file(file) for file in disk.list_files(path)}
+        if not path.exists():
+            raise UserError(f"{at}: {name!r} does not exist here; give a path on this disk, or a Hub id with its pinned revision")
+        return _model_content(path, at, hashes) if is_model else _data_content(path, at, hashes)
     except OSError as error:
         raise UserError(f"{at}: {error.filename or name} cannot be read ({error.strerror}); check its permissions") from None
+
+
+def _model_content(path: Path, at: str, hashes: disk.HashCache) -> object:
+    if not (path / "config.json").is_file():
+        raise UserError(f"{at}: {str(path)!r} holds no config.json, so it is no model directory; give one in Hugging Face layout")
+    return {str(file.relative_to(path)): hashes.hash_file(file) for file in disk.list_files(path)}
+
+
+def _data_content(path: Path, at: str, hashes: disk.HashCache) -> object:
+    if path.is_dir():
+        raise UserError(f"{at}: {str(path)!r} is a directory; name the data files in it")
+    if not path.is_file():
+        raise UserError(f"{at}: {str(path)!r} is no regular file; copy the data to one")
+    if not path.name.lower().removesuffix(".gz").endswith(DATA_SUFFIXES):
+        raise UserError(f"{at}: {str(path)!r} is of no known kind; give a .json, .jsonl, .csv or .parquet file")
+    if path.stat().st_size == 0:
+        raise UserError(f"{at}: {str(path)!r} is empty; it must hold at least one row")
+    return {"sha256": hashes.hash_file(path)}

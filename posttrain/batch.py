@@ -48,7 +48,15 @@ class GlobalBatches:
     """
 
     def __init__(
-        self, lengths: Sequence[int], *, num_steps: int, global_batch_size: int, micro_batch_size: int, seed: int, rank: int, world_size: int
+        self,
+        lengths: Sequence[int],
+        *,
+        num_steps: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
     ) -> None:
         assert global_batch_size % (micro_batch_size * world_size) == 0, "ranks and micro-batches must divide the global batch"
         self.lengths = np.asarray(lengths, dtype=np.int64)

@@ -9,6 +9,7 @@ The rendered template is the only source of BOS: text is tokenized without addin
 
 import functools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ CHATML = """\
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 PAD_TOKEN = "<|pad|>"
 PROBE_ANSWER = "posttrain-probe-answer"
+MARKS = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
+"""Where a template marks what the assistant says, as transformers finds it."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def read_contract(directory: Path) -> ChatContract | None:
         if record is None:
             return None
         digest = record.pop("digest")
-        contract = ChatContract(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+        contract = ChatContract(**fields)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not a chat contract; delete it, and one is derived from the tokenizer") from None
     if contract.digest != digest:
@@ -104,7 +108,7 @@ def establish(
     adds_bos = bool(tokenizer.bos_token) and tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
     if template is None and tokenizer.chat_template is None:
         template = ("{{- bos_token }}" if adds_bos else "") + CHATML
-        tokenizer.add_special_tokens({"additional_special_tokens": [t for t in CHATML_TOKENS if t not in before]})
+        _add_tokens(tokenizer, CHATML_TOKENS)
     template = template if template is not None else tokenizer.chat_template
     if not isinstance(template, str):
         raise UserError(f"{at}.chat_template: the tokenizer has several named templates; name a file that holds the one to use")
@@ -114,20 +118,20 @@ def establish(
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     stops = [stop]
     for token_id in _as_list(generation.eos_token_id) + _as_list(tokenizer.eos_token_id):
-        token = tokenizer.convert_ids_to_tokens(token_id)
-        if token is not None and token not in stops:
+        token = tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < len(tokenizer) else None
+        if isinstance(token, str) and token not in stops:
             stops.append(token)
-    tokenizer.eos_token = stop
+    tokenizer.chat_template = _with_eos_token(tokenizer.chat_template, tokenizer.eos_token, stop)
+    _set_stops(tokenizer, stops)
     added = sorted(set(tokenizer.get_vocab()) - before, key=tokenizer.convert_tokens_to_ids)
     return ChatContract(tokenizer.chat_template, tokenizer.bos_token, tuple(stops), tokenizer.pad_token, tuple(added))
 
 
 def adopt(tokenizer: "PreTrainedTokenizerBase", contract: ChatContract) -> None:
     """Make a tokenizer follow an existing contract, in place, adding the tokens that it brings."""
-    missing = [token for token in contract.added_tokens if token not in tokenizer.get_vocab()]
-    tokenizer.add_special_tokens({"additional_special_tokens": missing})
+    _add_tokens(tokenizer, contract.added_tokens)
     tokenizer.chat_template = contract.template
-    tokenizer.eos_token = contract.stop_tokens[0]
+    _set_stops(tokenizer, contract.stop_tokens)
     tokenizer.pad_token = contract.pad_token
 
 
@@ -143,13 +147,14 @@ def check_contract(contract: ChatContract, tokenizer: "PreTrainedTokenizerBase",
         if found != promised:
             raise UserError(f"{at}: its {what} is {found!r}, but its chat contract says {promised!r}; build the stage that made it again")
     for token in contract.stop_tokens:
-        if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
+        # Not by the id alone: in GPT-2 and its kin the token that ends a document is the unknown token too.
+        if token not in tokenizer.get_vocab():
             raise UserError(f"{at}: stop token {token!r} is not in its vocabulary; build the stage that made it again")
 
 
 def apply_to_generation(contract: ChatContract, tokenizer: "PreTrainedTokenizerBase", model: Any) -> None:
     """Set stop and pad tokens on a model's config and generation config, so that what is published stops by itself."""
-    stops = tokenizer.convert_tokens_to_ids(list(contract.stop_tokens))
+    stops: Any = tokenizer.convert_tokens_to_ids(list(contract.stop_tokens))
     for config in (model.generation_config, model.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id
         config.bos_token_id = tokenizer.bos_token_id
@@ -168,117 +173,207 @@ class Encoded:
 def encode(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Any], tools: list[Any] | None, stop: str, origin: str) -> Encoded:
     """Tokens of a conversation, with every assistant turn and its stop token marked as trained.
 
-    The template's own generation marks say what the assistant says; without them, each turn is what rendering it adds
-    to the rendered conversation before it, and a row where that is not exact is refused. A turn with `train: false` is
-    not trained. Raises `UserError` naming `origin`.
+    A turn begins where the prompt ends that asks for it, and ends with the first stop token: what a sampler would feed,
+    and what it would take. A row where the template renders anything else is refused. A turn with `train: false` is not
+    trained. Raises `UserError` naming `origin`.
     """
-    text = render(tokenizer, messages, tools, origin)
-    spans = _marked_spans(tokenizer, messages, tools, text, origin) or _prefix_spans(tokenizer, messages, tools, text, stop, origin)
-    turns = [message for message in messages if message["role"] == "assistant"]
-    if len(spans) != len(turns):
-        raise UserError(f"{origin}: the chat template renders {len(spans)} of {len(turns)} assistant turns; drop the row or use another template")
-    wanted = [_with_stop(text, span, stop, origin) for span, turn in zip(spans, turns, strict=True) if turn.get("train", True)]
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    trained = [False] * len(encoding.input_ids)
-    inside = iter(sorted(wanted))
-    start, end = next(inside, (len(text), len(text)))
-    for position, (first, last) in enumerate(encoding.offset_mapping):
-        while first >= end and end < len(text):
-            start, end = next(inside, (len(text), len(text)))
-        if first < start < last or first < end < last:
-            piece = tokenizer.decode([encoding.input_ids[position]])
-            raise UserError(f"{origin}: token {position} ({piece!r}) straddles where an assistant turn begins or ends; strip white space there")
-        trained[position] = first < last and start <= first and last <= end
-    return Encoded(list(encoding.input_ids), trained)
+    _refuse_control_text(tokenizer, messages, tools, origin)
+    text, spans = _answers(tokenizer, messages, tools, stop, origin)
+    _refuse_losses(messages, tools, text, origin)
+    return _tokenize(tokenizer, text, spans, stop, origin)
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Any], tools: list[Any] | None, origin: str) -> list[int]:
-    """Token ids `(T,)` of a conversation that the assistant is to answer."""
+    """Token ids `(T,)` of a conversation that the assistant is to answer. Raises `UserError` naming `origin`."""
+    _refuse_control_text(tokenizer, messages, tools, origin)
     text = render(tokenizer, messages, tools, origin, add_generation_prompt=True)
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    return ids
+    _refuse_losses(messages, tools, text, origin)
+    return _ids(tokenizer, [text])[0]
 
 
 def render(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Any], tools: list[Any] | None, origin: str, *, add_generation_prompt: bool = False
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Any],
+    tools: list[Any] | None,
+    origin: str,
+    *,
+    add_generation_prompt: bool = False,
 ) -> str:
     """The conversation as text. Raises `UserError` where the template refuses it."""
+    return _render(tokenizer, messages, tools, origin, add_generation_prompt=add_generation_prompt)[0]
+
+
+def _render(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Any],
+    tools: list[Any] | None,
+    origin: str,
+    *,
+    add_generation_prompt: bool = False,
+    mark: bool = False,
+) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as text, and with `mark` where the template's own generation marks, if any, say that the assistant speaks."""
     from jinja2 import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(
-            _plain(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{origin}: the chat template cannot render it: {' '.join(str(error).split())[:200]}") from None
-    assert isinstance(text, str), "tokenize=False renders one conversation to one text"
-    return text
-
-
-def _plain(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in message.items() if key != "train"} for message in messages]
-
-
-def _marked_spans(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Any], tools: list[Any] | None, text: str, origin: str
-) -> list[tuple[int, int]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = tokenizer.chat_template
-    if not _has_marks(template):
-        return []
-    rendered, spans = render_jinja_template(
-        [_plain(messages)],
-        tools=tools,
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    if rendered[0] != text:
-        raise UserError(f"{origin}: the chat template renders differently with its generation marks; use another template")
-    return [(start, end) for start, end in spans[0]]
+    assert isinstance(template, str), "a tokenizer with a chat contract has one template"
+    special_tokens: dict[str, Any] = tokenizer.special_tokens_map
+    try:
+        # What `apply_chat_template` calls; that one gives no marks without tokens, and renders nothing without a message.
+        rendered: Any = render_jinja_template(
+            [[{key: value for key, value in message.items() if key != "train"} for message in messages]],
+            tools=tools,
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            return_assistant_tokens_mask=mark and MARKS.search(template) is not None,
+            **special_tokens,
+        )
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{origin}: the chat template cannot render it: {' '.join(str(error).split())[:200]}") from None
+    texts, marks = rendered
+    return texts[0], marks[0] if marks else []
 
 
-@functools.cache
-def _has_marks(template: str) -> bool:
-    from trl.chat_template_utils import has_generation_markers
+def _answers(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Any], tools: list[Any] | None, stop: str, origin: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as text, and where each trained answer lies: from the end of its prompt to the end of its stop token.
 
-    return bool(has_generation_markers(template))
-
-
-def _prefix_spans(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Any], tools: list[Any] | None, text: str, stop: str, origin: str
-) -> list[tuple[int, int]]:
+    Where an answer ends, the template may mark; without that, the conversation must begin as it would were the answer its
+    last message.
+    """
+    text, marks = _render(tokenizer, messages, tools, origin, mark=True)
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    marked = {index: end for index, (_, end) in zip(turns, marks, strict=True)} if len(marks) == len(turns) else {}
     spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+    for index in turns:
+        if not messages[index].get("train", True):
             continue
-        before = render(tokenizer, messages[:index], tools, origin, add_generation_prompt=True)
-        after = render(tokenizer, messages[: index + 1], tools, origin)
-        end = after.rfind(stop, len(before))
-        if end < 0 or not after.startswith(before) or text[: end + len(stop)] != after[: end + len(stop)]:
-            at = _divergence(text, before if not text.startswith(before) else after)
+        at = f"{origin}: messages[{index}]"
+        prompt = render(tokenizer, messages[:index], tools, origin, add_generation_prompt=True)
+        _refuse_difference(at, text, prompt)
+        end = text.find(stop, len(prompt)) + len(stop)
+        if end < len(stop):
+            raise UserError(f"{at}: the chat template does not close it with the stop token {stop!r}; use another template")
+        if index in marked:
+            beyond = text[end : marked[index]] or text[marked[index] : end]
+        else:
+            last = text if index == len(messages) - 1 else render(tokenizer, messages[: index + 1], tools, origin)
+            _refuse_difference(at, text, last[:end])
+            beyond = last[end:]
+        if lost := _control_tokens(tokenizer).sub("", beyond).strip():
             raise UserError(
-                f"{origin}: messages[{index}] is rendered differently inside the conversation, from {text[at : at + 30]!r} on; "
-                "use a template with generation marks"
+                f"{at}: the chat template closes it with {stop!r} elsewhere than where it ends, at {lost[:30]!r}; use another template"
             )
-        spans.append((len(before), end + len(stop)))
-    return spans
+        _refuse_lost_answer(messages[index], text[len(prompt) : end], at)
+        spans.append((len(prompt), end))
+    return text, spans
 
 
-def _with_stop(text: str, span: tuple[int, int], stop: str, origin: str) -> tuple[int, int]:
-    start, end = span
-    if text[:end].rstrip().endswith(stop):
-        return start, len(text[:end].rstrip())
-    rest = text[end:]
-    closing = len(rest) - len(rest.lstrip())
-    if not rest[closing:].startswith(stop):
-        raise UserError(f"{origin}: an assistant turn is closed by {rest[:20]!r} and not by the stop token {stop!r}; use another template")
-    return start, end + closing + len(stop)
+def _refuse_difference(at: str, text: str, beginning: str) -> None:
+    """Refuse a conversation that is not rendered as its `beginning` is: an answer would be trained otherwise than it is asked for."""
+    if not text.startswith(beginning):
+        here = next((i for i, (a, b) in enumerate(zip(text, beginning, strict=False)) if a != b), len(text))
+        raise UserError(
+            f"{at}: the chat template renders {beginning[here : here + 30]!r} where the answer is asked for, and "
+            f"{text[here : here + 30]!r} in its place later; use another template, such as one with generation marks, "
+            "or set train: false on the turn"
+        )
 
 
-def _divergence(one: str, other: str) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def _refuse_control_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Any], tools: list[Any] | None, origin: str) -> None:
+    """Refuse text that would become a control token: it would end a turn, or begin one, where the data has none."""
+    texts = {"tools": json.dumps(tools, ensure_ascii=False)} if tools else {}
+    for index, message in enumerate(messages):
+        calls = message.get("tool_calls")
+        texts[f"messages[{index}]"] = message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
+    control = _control_tokens(tokenizer)
+    for at, text in texts.items():
+        if found := control.search(text):
+            raise UserError(
+                f"{origin}: {at} holds {found[0]!r}, which is a control token of this model; write it otherwise, or drop the row"
+            )
+
+
+def _control_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    return _find_control_tokens(tokenizer, tokenizer.chat_template, tuple(tokenizer.all_special_tokens))
+
+
+@functools.lru_cache(maxsize=8)
+def _find_control_tokens(tokenizer: "PreTrainedTokenizerBase", template: str, special: tuple[str, ...]) -> re.Pattern[str]:
+    """What structures a conversation. Special tokens of pretraining alone, such as `<filename>` in SmolLM2, may be written about."""
+    used = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content in template}
+    return re.compile("|".join(re.escape(token) for token in sorted({*special, *used}, key=len, reverse=True)))
+
+
+def _refuse_losses(messages: Sequence[Any], tools: list[Any] | None, text: str, origin: str) -> None:
+    """Refuse a conversation of which the template leaves something out, as many do with tools and some with system messages.
+
+    Earlier answers are not looked at: a template may well take the reasoning out of them.
+    """
+    squeezed = _squeeze(text)
+    for index, message in enumerate(messages):
+        content = message["content"]
+        if message["role"] != "assistant" and not (
+            _squeeze(content) in squeezed or _squeeze(json.dumps(content, ensure_ascii=False)) in squeezed
+        ):
+            raise UserError(
+                f"{origin}: the chat template leaves out or changes messages[{index}], of the role {message['role']}; use another template"
+            )
+    for tool in tools or []:
+        if tool["function"]["name"] not in text:
+            raise UserError(f"{origin}: the chat template leaves out the tool {tool['function']['name']!r}; use one that lists tools")
+
+
+def _refuse_lost_answer(message: Any, rendered: str, at: str) -> None:
+    if _squeeze(message["content"]) not in _squeeze(rendered):
+        raise UserError(f"{at}: the chat template leaves out or changes what the assistant says; use another template")
+    for call in message.get("tool_calls") or []:
+        if call["function"]["name"] not in rendered:
+            raise UserError(f"{at}: the chat template leaves out the call of {call['function']['name']!r}; use one that renders tool calls")
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
+def _tokenize(tokenizer: "PreTrainedTokenizerBase", text: str, spans: list[tuple[int, int]], stop: str, origin: str) -> Encoded:
+    """Tokens of a text with those of `spans` trained, cut where inference cuts: a prompt is tokenized before its answer exists.
+
+    Where a token of the whole text would reach over the beginning of an answer, as two line breaks that are one token do,
+    prompt and answer are tokenized apart. Elsewhere that gives the tokens of the whole text, and so it is done as one: a
+    SentencePiece tokenizer begins every text with a space. What follows an answer is tokenized from the stop token on,
+    over which no token reaches.
+    """
+    anchors = [0, *(end - len(stop) for _, end in spans)]
+    pieces = [piece for anchor, (start, end) in zip(anchors, spans, strict=False) for piece in (text[anchor:start], text[anchor:end])]
+    *tokenized, rest = _ids(tokenizer, [*pieces, text[anchors[-1] :]])
+    ids: list[int] = []
+    trained: list[bool] = []
+    for (start, end), prompt, both in zip(spans, tokenized[::2], tokenized[1::2], strict=True):
+        if both[: len(prompt)] != prompt:
+            apart = prompt + _ids(tokenizer, [text[start:end]])[0]
+            if _decode(tokenizer, apart) != _decode(tokenizer, both):
+                raise UserError(
+                    f"{origin}: a token reaches over where the answer {text[start : start + 20]!r} begins; strip white space there"
+                )
+            both = apart
+        assert both[-1] == tokenizer.convert_tokens_to_ids(stop), "a stop token is never part of another token"
+        known = 1 if ids else 0  # the stop token of the answer before
+        ids += both[known:]
+        trained += [False] * (len(prompt) - known) + [True] * (len(both) - len(prompt))
+    rest = rest[1 if ids else 0 :]
+    return Encoded(ids + rest, trained + [False] * len(rest))
+
+
+def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+    return ids
+
+
+def _decode(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def _closing_token(tokenizer: "PreTrainedTokenizerBase", at: str) -> str:
@@ -291,17 +386,44 @@ def _closing_token(tokenizer: "PreTrainedTokenizerBase", at: str) -> str:
     found = [token for token in known if closing.startswith(token)]
     if not found:
         raise UserError(
-            f"{at}.chat_template: closes an assistant turn with {closing[:20]!r}, which is no special token, so the model could not learn to stop; "
-            "use another template"
+            f"{at}.chat_template: closes an assistant turn with {closing[:20]!r}, which is no special token, "
+            "so the model could not learn to stop; use another template"
         )
-    return max(found, key=len)
+    closing_token: str = max(found, key=len)
+    return closing_token
 
 
 def _with_system_prompt(template: str, system_prompt: str | None) -> str:
     if system_prompt is None:
         return template
     message = json.dumps({"role": "system", "content": system_prompt}, ensure_ascii=False)
-    return f"{{%- if messages[0].role != 'system' %}}{{%- set messages = [{message}] + messages %}}{{%- endif %}}{template}"
+    return _first(
+        f"{{%- if not messages or messages[0].role != 'system' %}}{{%- set messages = [{message}] + messages %}}{{%- endif %}}", template
+    )
+
+
+def _with_eos_token(template: str, eos_token: str | None, stop: str) -> str:
+    """The template, rendering what it does now once the stop token has become the tokenizer's `eos_token`."""
+    if eos_token == stop or "eos_token" not in template:
+        return template
+    return _first(f"{{%- set eos_token = {json.dumps(eos_token or '', ensure_ascii=False)} %}}", template)
+
+
+def _first(statement: str, template: str) -> str:
+    # On a line of its own, whose end is trimmed after a block: so what begins a line of the template still does.
+    return f"{statement}\n{template}"
+
+
+def _add_tokens(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str]) -> None:
+    """Make `tokens` special, giving new ids in order to those that are unknown; other special tokens remain so."""
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False)
+
+
+def _set_stops(tokenizer: "PreTrainedTokenizerBase", stops: Sequence[str]) -> None:
+    """Make the first of `stops` the tokenizer's `eos_token`; the one that was, and all others that are special, remain so."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    _add_tokens(tokenizer, [token for token in stops if token in special])
+    tokenizer.eos_token = stops[0]
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:

@@ -29,15 +29,13 @@ def last_complete(directory: Path) -> Checkpoint | None:
         try:
             record = json.loads(marker.read_text())
             found.append(Checkpoint(marker.parent, record["step"], record["world_size"]))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # a marker that cannot be read marks nothing
     return max(found, key=lambda checkpoint: checkpoint.step, default=None)
 
 
 def mark_complete(path: Path, step: int, world_size: int) -> None:
     """Declare the checkpoint whole. To be called by one rank, after a barrier of all."""
-    for file in path.rglob("*"):
-        if file.is_file():
-            disk.sync_file(file)
+    disk.sync_tree(path)
     record: dict[str, Any] = {"step": step, "world_size": world_size}
     disk.write_json(path / MARKER, record)

@@ -6,24 +6,32 @@ whose fields only say where and how fast states `bears_identity = False`, and it
 """
 
 import difflib
+import inspect
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
+from posttrain import disk
 from posttrain.error import UserError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gz")
+INPUT_FILE = "input file"
+"""Marks a field that names a file, `Annotated[str | None, INPUT_FILE]`: what the file holds bears identity, not where it lies."""
 
 
 class Config(BaseModel):
     """A frozen set of checked fields; an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
     bears_identity: ClassVar[bool] = True
     """Whether the fields of this very class (not of those derived from it) change the bytes of an output."""
 
@@ -38,9 +46,14 @@ class ModelSource(Config):
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships. Off unless you have read that code."""
 
+    @field_validator("model")
+    @classmethod
+    def _expand_home(cls, model: str) -> str:
+        return _expand_home(model)
+
     @model_validator(mode="after")
     def _pinned(self) -> "ModelSource":
-        _check_pin(self.model, self.revision, "model")
+        _check_pin(self.model, self.revision, field="model", pin_field="revision")
         return self
 
 
@@ -75,13 +88,18 @@ class DataSource(Config):
         """The entries of `data`, as a list."""
         return [self.data] if isinstance(self.data, str) else self.data
 
+    @field_validator("data")
+    @classmethod
+    def _expand_home(cls, data: str | list[str]) -> str | list[str]:
+        return _expand_home(data) if isinstance(data, str) else [_expand_home(entry) for entry in data]
+
     @model_validator(mode="after")
     def _consistent(self) -> "DataSource":
         if not self.paths:
             raise ValueError("data: the list is empty; name at least one file or Hub data set")
         for entry in self.paths:
             name, _, revision = entry.partition("@")
-            _check_pin(name, revision or None, "data")
+            _check_pin(name, revision or None, field="data", pin_field="data")
         if self.weights is not None:
             if len(self.weights) != len(self.paths):
                 raise ValueError(f"weights: {len(self.weights)} given for {len(self.paths)} entries of data; give one for each")
@@ -99,7 +117,7 @@ class LauncherConfig(Config):
 
     kind: Literal["local"] = "local"
     """`local`: processes on this machine, forked from one warm parent."""
-    num_processes: int | None = Field(None, ge=1)
+    num_processes: int | None = Field(default=None, ge=1)
     """Processes of a stage; by default one for each GPU, or one on a CPU."""
 
 
@@ -119,7 +137,7 @@ class PipelineConfig(Config):
     @classmethod
     def _read_sources(cls, sources: object) -> object:
         if not isinstance(sources, Mapping):
-            raise ValueError("sources must be a mapping of names to `{model: ...}` or `{data: ...}`")
+            raise ValueError("must be a mapping of names to `{model: ...}` or `{data: ...}`")
         return {name: read_source(f"sources.{name}", raw) for name, raw in sources.items()}
 
     @model_validator(mode="after")
@@ -127,7 +145,8 @@ class PipelineConfig(Config):
         for what, names in (("run", [self.run]), ("sources", list(self.sources)), ("stages", list(self.stages))):
             for name in names:
                 if not NAME.fullmatch(name):
-                    raise ValueError(f"{what}: {name!r} is no usable name; use letters, digits, '.', '_', '-', beginning with a letter or digit")
+                    rule = "use up to 100 letters, digits, '.', '_', '-', beginning with a letter or digit"
+                    raise ValueError(f"{what}: {name!r} is no usable name; {rule}")
         if both := sorted(set(self.sources) & set(self.stages)):
             raise ValueError(f"stages.{both[0]}: a source has that name too; rename one of them")
         if not self.stages:
@@ -142,7 +161,7 @@ def read_source(at: str, raw: object) -> ModelSource | DataSource:
     """The source that `raw` describes: a model where it has the key `model`, data where it has `data`."""
     if not isinstance(raw, Mapping) or ("model" in raw) == ("data" in raw):
         raise UserError(f"{at}: must have either `model: ...` or `data: ...`")
-    return validate(ModelSource if "model" in raw else DataSource, raw, at)
+    return validate(ModelSource, raw, at) if "model" in raw else validate(DataSource, raw, at)
 
 
 def read_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
@@ -155,43 +174,97 @@ def read_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, by YAML 1.2 rules (`3e-5` is a number, `no` is a string). Raises `UserError`."""
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
+        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path}: cannot be read ({reason}); give the path of a pipeline file") from None
     try:
-        raw = _yaml().load(text)
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from None
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+        raw = load_yaml(text)
+    except YamlProblem as problem:
+        raise UserError(f"{path}{f':{problem.line}' if problem.line else ''}: {problem}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: must hold a mapping with the keys run, sources and stages")
     return raw
 
 
+class YamlProblem(ValueError):
+    """What is wrong with a YAML text, and in which line, where that is known."""
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text, as JSON could hold it, no two places of it sharing an object. Raises `YamlProblem`."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.constructor import SafeConstructor
+    from ruamel.yaml.error import MarkedYAMLError
+
+    class Constructor(SafeConstructor):
+        """Without dates, which YAML 1.2 does not have: a run may be named 2026-10-01."""
+
+    Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor = Constructor
+    try:
+        return _plain(yaml.load(text), "")
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        reason = _one_line(error.problem or error.context or "not readable")
+        raise YamlProblem(f"not valid YAML: {reason}", mark.line + 1 if mark else 1) from None
+    except YamlProblem:
+        raise
+    except Exception as error:  # an odd tag or deep nesting ends in errors of any kind inside the parser
+        raise YamlProblem(f"not valid YAML: {_one_line(str(error) or type(error).__name__)}") from None
+
+
+def _plain(value: object, at: str) -> Any:
+    """A copy without aliases, so that an override changes only the place it names; refuses what JSON could not hold."""
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise YamlProblem(f"the key {_short(key)}{f' in {at}' if at else ''} is no text; put it in quotes")
+        return {_plain(key, at): _plain(entry, f"{at}.{key}" if at else key) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry, f"{at}.{number}" if at else str(number)) for number, entry in enumerate(value)]
+    in_place = f"{at}: " if at else ""
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise YamlProblem(f"{in_place}{_short(value)} holds half of a character; write it whole")
+    elif isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise YamlProblem(f"{in_place}a number of more than 64 bits is too large")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise YamlProblem(f"{in_place}{value} is not finite; give a number")
+    elif value is not None:
+        raise YamlProblem(f"{in_place}{_short(value)} is neither text, number, list nor mapping; put it in quotes")
+    return value
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]
+
+
 def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set one dotted `key=value` in `raw`, in place; the value is read as YAML. Raises `UserError`."""
-    from ruamel.yaml.error import YAMLError
-
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise UserError(f"{override!r}: an override is written key.key=value, such as stages.dpo.beta=0.05")
     try:
-        value = _yaml().load(text)
-    except YAMLError:
-        raise UserError(f"{key}: {text!r} is not valid YAML; quote it") from None
+        value = load_yaml(text)
+    except YamlProblem as problem:
+        raise UserError(f"{key}: {_short(text)}: {problem}") from None
     *parents, last = key.split(".")
     at = raw
     for depth, parent in enumerate(parents):
-        below = at.setdefault(parent, {})
-        if not isinstance(below, dict):
+        if at.get(parent) is None:
+            at[parent] = {}
+        at = at[parent]
+        if not isinstance(at, dict):
             raise UserError(f"{'.'.join(parents[: depth + 1])}: is no mapping, so {override!r} cannot be set in it")
-        at = below
     at[last] = value
 
 
@@ -203,10 +276,23 @@ def validate(cls: type[C], raw: object, at: str) -> C:
         raise UserError(_explain(cls, error, at)) from None
 
 
-def identity(config: Config) -> dict[str, Any]:
-    """The fields that change the bytes of an output and differ from their defaults, as plain JSON values."""
+def identity(config: Config, at: str) -> dict[str, Any]:
+    """The fields that change the bytes of an output and differ from their defaults, as plain JSON values.
+
+    A field that names an input file is replaced by the hash of its content. Raises `UserError`, naming the path under `at`.
+    """
     plain = config.model_dump(mode="json", exclude_defaults=True)
-    return {name: value for name, value in plain.items() if _bears_identity(type(config), name)}
+    fields = type(config).model_fields
+    return {name: _by_content(fields[name], value, f"{at}.{name}") for name, value in plain.items() if _bears_identity(type(config), name)}
+
+
+def _by_content(field: FieldInfo, value: Any, at: str) -> Any:
+    if INPUT_FILE not in field.metadata or value is None:
+        return value
+    try:
+        return f"sha256 {disk.hash_file(Path(value))}"
+    except OSError as error:
+        raise UserError(f"{at}: {value} cannot be read ({error.strerror}); give the path of a file") from None
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -217,36 +303,41 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` reads as a Hub id and not as something on this disk."""
-    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists() and Path(name).suffix not in DATA_SUFFIXES
+    if not HUB_ID.fullmatch(name) or Path(name).suffix in DATA_SUFFIXES:
+        return False
+    try:
+        return not Path(name).exists()
+    except OSError:
+        return False  # something of that name cannot be looked at, or no name could be that long: reading it will say
 
 
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gz")
-
-
-def _yaml() -> Any:
-    from ruamel.yaml import YAML
-
-    return YAML(typ="safe", pure=True)
+def _expand_home(path: str) -> str:
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        return path  # no such user: the path does not exist, and that is said where it is read
 
 
 def _bears_identity(cls: type[Config], field: str) -> bool:
-    owners = [base for base in cls.__mro__ if field in base.__dict__.get("__annotations__", {})]
+    owners = [base for base in cls.__mro__ if field in inspect.get_annotations(base)]
     return bool(owners[0].__dict__.get("bears_identity", True))
 
 
-def _check_pin(name: str, revision: str | None, what: str) -> None:
+def _check_pin(name: str, revision: str | None, *, field: str, pin_field: str) -> None:
     if is_hub_id(name):
         if revision is None:
-            raise ValueError(f"{what}: {name!r} is not on this disk, and as a Hub id it needs a pinned commit of 40 hex digits")
+            raise ValueError(f"{field}: {name!r} is not on this disk, and as a Hub id it needs a pinned commit of 40 hex digits")
         if not COMMIT.fullmatch(revision):
-            raise ValueError(f"revision: {revision!r} is no commit hash; a branch or tag moves, so give the 40 hex digits it points to")
+            raise ValueError(f"{pin_field}: {revision!r} is no commit hash; a branch or tag moves, so give the 40 hex digits it points to")
     elif revision is not None:
-        raise ValueError(f"revision: {name!r} is a local path and has no revision; leave it out")
+        raise ValueError(f"{pin_field}: {name!r} is a local path and has no revision; leave it out")
 
 
 def _explain(cls: type[Config], error: ValidationError, at: str) -> str:
-    first = error.errors(include_url=False)[0]
-    location = [str(part) for part in first["loc"] if not str(part).endswith("]")]
+    errors = error.errors(include_url=False)
+    # A misspelt key often also makes a required one missing: the misspelling is what helps.
+    first = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
+    location = _location(cls, first["loc"])
     dotted = ".".join(([at] if at else []) + location)
     if first["type"] == "extra_forbidden":
         return f"{dotted}: unknown key; {nearest(location[-1], _known_keys(cls, location[:-1]))}"
@@ -254,15 +345,35 @@ def _explain(cls: type[Config], error: ValidationError, at: str) -> str:
         return f"{dotted}: missing; it is required"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return message if message.startswith(("sources.", "stages.")) else f"{dotted}: {message}" if dotted else message
+        # A check of a whole config begins its message with the field that is wrong.
+        names_field = message.partition(":")[0] in _known_keys(cls, location)
+        return f"{dotted}{'.' if names_field else ': '}{message}" if dotted else message
     message = message[0].lower() + message[1:]
     return f"{dotted}: {message}, got {_short(first['input'])}"
+
+
+def _location(cls: type[Config], parts: Sequence[str | int]) -> list[str]:
+    """The keys and positions that lead to an error, without pydantic's names for what it tried there."""
+    annotation: Any = cls
+    location = []
+    for part in parts:
+        arms = [arm for arm in get_args(annotation) if arm is not NoneType] if get_origin(annotation) in (Union, UnionType) else []
+        if part == "[key]" or len(arms) > 1:
+            annotation = None
+            continue
+        location.append(str(part))
+        annotation = arms[0] if arms else annotation
+        if isinstance(annotation, type) and issubclass(annotation, Config) and part in annotation.model_fields:
+            annotation = annotation.model_fields[str(part)].annotation
+        elif get_origin(annotation) in (dict, list):
+            annotation = get_args(annotation)[-1]
+    return location
 
 
 def _known_keys(cls: type[Config], location: Sequence[str]) -> list[str]:
     for part in location:
         field = cls.model_fields.get(part)
-        nested = [c for c in _config_classes(field.annotation)] if field else []
+        nested = list(_config_classes(field.annotation)) if field else []
         if not nested:
             return []
         cls = nested[0]
@@ -272,7 +383,7 @@ def _known_keys(cls: type[Config], location: Sequence[str]) -> list[str]:
 def _config_classes(annotation: object) -> Iterator[type[Config]]:
     if isinstance(annotation, type) and issubclass(annotation, Config):
         yield annotation
-    for argument in getattr(annotation, "__args__", ()):
+    for argument in get_args(annotation):
         yield from _config_classes(argument)
 
 
@@ -281,17 +392,17 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def fields_help(cls: type[Config]) -> list[tuple[str, str, str, str]]:
-    """`(name, type, default, help)` of every field, in the order of definition."""
+def fields_help(cls: type[Config], prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """`(name, type, default, help)` of every field, in the order of definition; those of a nested config follow it."""
     rows = []
     for name, field in cls.model_fields.items():
-        kind = _type_name(field.annotation)
         default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        rows.append((name, kind, default, field.description or ""))
+        rows.append((prefix + name, _type_name(field.annotation), default, field.description or ""))
+        for nested in _config_classes(field.annotation):
+            rows += fields_help(nested, f"{prefix}{name}.")
     return rows
 
 
 def _type_name(annotation: object) -> str:
-    if isinstance(annotation, type) and not getattr(annotation, "__args__", None):
-        return annotation.__name__
-    return str(annotation).replace("typing.", "").replace("posttrain.config.", "").replace("NoneType", "None")
+    name = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+    return re.sub(r"\b(?:\w+\.)+(?=\w)", "", name).replace("NoneType", "None")

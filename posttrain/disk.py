@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any
 from posttrain.error import UserError
 
 CHUNK_BYTES = 1 << 20
+FULL_BYTES = 1 << 16
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,8 +29,8 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
+        Path(aside).chmod(0o644)
+        Path(aside).replace(path)
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
@@ -50,18 +52,23 @@ def read_json(path: Path) -> Any:
 
 def publish_directory(aside: Path, path: Path) -> None:
     """Sync every file below `aside` and rename it to `path`, which must not exist."""
-    for file in sorted(aside.rglob("*")):
-        if file.is_file():
-            sync_file(file)
-    for directory in [*(d for d in aside.rglob("*") if d.is_dir()), aside]:
-        sync_directory(directory)
-    os.rename(aside, path)
+    sync_tree(aside)
+    aside.rename(path)
     sync_directory(path.parent)
+
+
+def sync_tree(directory: Path) -> None:
+    """Wait until every file below `directory`, and every name, is on disk."""
+    for path in [*directory.rglob("*"), directory]:
+        if path.is_file():
+            sync_file(path)
+        elif path.is_dir():
+            sync_directory(path)
 
 
 def sync_file(path: Path) -> None:
     """Wait until the bytes of `path` are on disk."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
@@ -84,16 +91,17 @@ def move_aside(paths: list[Path], into: Path) -> Path | None:
     target = into / str(number)
     target.mkdir()
     for path in present:
-        os.rename(path, target / path.name)
+        path.rename(target / path.name)
     return target
 
 
 def link_tree(source: Path, target: Path) -> None:
     """Make `target` the same tree as `source`, by hard links where the file system can, else by copies."""
-    shutil.copytree(source, target, copy_function=_link_or_copy)
+    shutil.copytree(source, target, copy_function=link_file)
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def link_file(source: Path | str, target: Path | str) -> None:
+    """Make `target` the same file as `source`, or a copy of it where the file system cannot."""
     try:
         os.link(source, target)
     except OSError:
@@ -103,7 +111,7 @@ def _link_or_copy(source: str, target: str) -> None:
 def hash_file(path: Path) -> str:
     """SHA-256 of the bytes of `path`, in hex."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
@@ -111,7 +119,7 @@ def hash_file(path: Path) -> str:
 
 def hash_json(value: Any) -> str:
     """SHA-256 of the canonical JSON form of `value`, in hex. Raises `TypeError` on what has no stable form."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -129,19 +137,21 @@ class HashCache:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known: dict[str, list[Any]] = {}
+        self._known: dict[str, Any] = {}
         self._changed = False
         try:
-            self._known = read_json(path) or {}
+            known = read_json(path)
         except (OSError, ValueError):
-            pass  # a damaged or unreadable cache costs time, never correctness
+            known = None  # a damaged or unreadable cache costs time, never correctness
+        if isinstance(known, dict):
+            self._known = known
 
     def hash_file(self, path: Path) -> str:
         """SHA-256 of `path`, read only if its size or time of change is not the remembered one."""
         stat = path.stat()
         key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
         known = self._known.get(key)
-        if known and known[:3] == stamp:
+        if isinstance(known, list) and known[:3] == stamp and len(known) == 4:
             return str(known[3])
         digest = hash_file(path)
         self._known[key] = [*stamp, digest]
@@ -154,8 +164,8 @@ class HashCache:
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(self._path, self._known)
-            except OSError:
-                pass
+            except (OSError, ValueError):
+                pass  # ValueError: a file name that is no text
 
 
 @contextmanager
@@ -163,9 +173,26 @@ def explain_disk_errors(what: str) -> Iterator[None]:
     """Turn a full or read-only disk met inside into one line for the user that says what was being written."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{error.filename or what}: no space left on the disk while writing {what}; free some and run again") from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise UserError(f"{error.filename or what}: not writable ({error.strerror}) while writing {what}; choose another --root") from error
+    except Exception as error:
+        where, why = getattr(error, "filename", None) or what, _error_number(error)
+        if why in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{where}: no space left on the disk while writing {what}; free some and run again") from error
+        if why in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise UserError(f"{where}: not writable ({os.strerror(why)}) while writing {what}; choose another --root") from error
+        if why == errno.ENOTDIR:
+            raise UserError(f"{where}: a file is where a directory should be; move it away, or choose another --root") from error
         raise
+
+
+def _error_number(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    # safetensors and torch write files by themselves, and tell of a disk that refuses them in words only.
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(found[1])
+    return errno.ENOSPC if re.search(r"inline_container.*unexpected pos|PytorchStreamWriter failed writing", str(error)) else None
+
+
+def is_full(directory: Path) -> bool:
+    """Whether the disk of `directory` has so little space left that not even an error message may have found room."""
+    return shutil.disk_usage(directory).free < FULL_BYTES

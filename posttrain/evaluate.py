@@ -93,6 +93,8 @@ class Policy:
 
     name: str
     results: list[dict[str, Any]]
+    num_too_long: int
+    """Rows over `max_length` in this policy's tokens, which are left out."""
 
 
 def read_rows(context: StageContext[Any]) -> Rows:
@@ -210,7 +212,9 @@ def compare_policies(policies: Sequence[Policy], rows: Rows, *, confidence: floa
             metrics[f"{policy.name}.{name}"] = got.value
             cells.append(_cell(got, measured[baseline].get(name) if policy.name != baseline else None, confidence, seed))
         table_rows.append(cells)
-    title = f"{', '.join(p.name for p in policies)}; in brackets the difference from {baseline}, {confidence:.0%} interval, paired"
+    title = f"in brackets: of {baseline} its interval, of the others the paired difference from {baseline} and its interval ({confidence:.0%})"
+    if too_long := max(policy.num_too_long for policy in policies):
+        title += f"; {too_long} of {len(rows.rows)} rows over max_length were left out"
     return {"title": title, "columns": ["metric", "rows", *(p.name for p in policies)], "rows": table_rows}, metrics
 
 

@@ -208,6 +208,8 @@ class OurOrder(Trainer):
             dataset,
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
+            # Of its own: an iterator draws a seed when it starts, and a resumed run starts one more than a whole one.
+            generator=torch.Generator(),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )

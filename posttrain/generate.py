@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers.utils.logging import disable_progress_bar
 
 from posttrain.chat import ChatContract, check_contract, encode_prompt, read_contract
 from posttrain.error import UserError
@@ -66,6 +67,7 @@ def answer_all(
 
 def chat(directory: Path, *, name: str, prompt: str | None) -> None:
     """Talk to the policy in `directory` on the terminal, or put one question to it and print the answer."""
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     contract = read_contract(directory)
     if contract is None:

@@ -11,8 +11,11 @@
                             logs/attempt_N/  stdout and stderr of each rank
     <root>/<run>/.old/<stage>/N/             what a rebuild moved aside
     <root>/.prepared/  <root>/.hashes.json   shared by all runs
+
+Every file is replaced as a whole, so a reader at any moment sees a state that once was.
 """
 
+import fcntl
 import os
 import socket
 import threading
@@ -34,7 +37,10 @@ from posttrain.stage import Input, Stage, StageConfig, StageContext, load_stage
 
 HEARTBEAT_S = 5.0
 LEASE_EXPIRES_S = 60.0
-BUILT = ("stage.json", "prepared.json", "checkpoints", OUTPUT, "output.partial", "probe.safetensors", ARTIFACT_FILE, "metrics.jsonl", "progress.json", "final_metrics.json")
+EVIDENCE = ("probe.safetensors", "final_metrics.json")
+"""What a published output is checked against, and declared finished with."""
+BUILT = ("stage.json", "prepared.json", "checkpoints", OUTPUT, "output.partial", *EVIDENCE, ARTIFACT_FILE, "metrics.jsonl", "progress.json")
+"""All that a build leaves in the stage directory, beside its logs."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,10 @@ def start_attempt(
     """Write `stage.json` for a new attempt, with a log directory of its own."""
     logs = directory / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    number = 1 + max((int(p.name.removeprefix("attempt_")) for p in logs.glob("attempt_*")), default=0)
+    numbers = [path.name.removeprefix("attempt_") for path in logs.glob("attempt_*")]
+    number = 1 + max((int(text) for text in numbers if text.isdecimal()), default=0)
     (logs / f"attempt_{number}").mkdir()
+    (directory / "progress.json").unlink(missing_ok=True)  # it tells of the attempt before
     attempt = Attempt(
         name=name,
         kind=stage.kind,
@@ -127,7 +135,7 @@ def output_source(artifact: Artifact) -> ModelSource | DataSource:
     """How a later stage reads the output of a finished one."""
     output = artifact.output.resolve()
     if artifact.kind == "dataset":
-        return DataSource(data=[str(path) for path in disk.list_files(output) if path.suffix == ".jsonl"])
+        return read_source(str(output), {"data": [str(path) for path in disk.list_files(output) if path.suffix == ".jsonl"]})
     return ModelSource(model=str(output))
 
 
@@ -162,57 +170,96 @@ def lease_holder(directory: Path) -> Holder | None:
     path = directory / "lease.json"
     try:
         record = disk.read_json(path)
-        age = time.time() - path.stat().st_mtime
-    except (OSError, ValueError):
-        return None
-    if record is None or age > LEASE_EXPIRES_S:
-        return None
-    if record["host"] == socket.gethostname() and not _same_process(record["pid"], record["born"]):
-        return None
-    return Holder(record["host"], record["pid"], record["since"])
+        age_s = time.time() - path.stat().st_mtime
+        holder = Holder(record["host"], record["pid"], record["since"])
+        # A process of this machine can be asked after: it may have been suspended for long, or have died just now.
+        alive = _born(record["pid"]) == record["born"] if record["machine"] == _machine() else age_s <= LEASE_EXPIRES_S
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # none there, or one that no `lease` wrote
+    return holder if alive else None
 
 
 @contextmanager
 def lease(directory: Path) -> Iterator[None]:
     """Hold the stage's lease, with a heartbeat, for as long as the block runs. Raises `UserError` where another has it."""
     path = directory / "lease.json"
-    if holder := lease_holder(directory):
-        raise UserError(f"{directory}: being built by {holder}; wait for it, or stop it")
-    path.unlink(missing_ok=True)
-    mine = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "since": now(), "token": uuid.uuid4().hex}
-    aside = directory / f".lease.{mine['token']}"
-    disk.write_json(aside, mine)
-    try:
-        os.link(aside, path)  # fails where another process was faster: of two, one wins
-    except FileExistsError:
-        raise UserError(f"{directory}: another process began to build it just now; wait for it, or stop it") from None
-    finally:
-        aside.unlink()
+    pid = os.getpid()
+    mine = {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": pid,
+        "born": _born(pid),
+        "since": now(),
+        "token": uuid.uuid4().hex,
+    }
+    with _one_at_a_time(directory / ".lease.lock"):
+        if holder := lease_holder(directory):
+            raise UserError(f"{directory}: being built by {holder}; wait for it, or stop it")
+        path.unlink(missing_ok=True)
+        _put_where_none_is(path, mine)
     ended = threading.Event()
-    beat = threading.Thread(target=_beat, args=(path, ended), daemon=True)
+    beat = threading.Thread(target=_beat, args=(path, mine, ended), daemon=True)
     beat.start()
     try:
         yield
     finally:
         ended.set()
         beat.join()
-        path.unlink(missing_ok=True)
+        if _holds(path, mine):
+            path.unlink(missing_ok=True)
 
 
-def _beat(path: Path, ended: threading.Event) -> None:
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Of several processes that all find a dead lease, let one replace it before the next one looks."""
+    with path.open("a") as file:
+        try:
+            pass
+        except OSError:
+            pass  # a network disk without locks: two may then replace a dead lease in the same instant
+        yield
+
+
+def _put_where_none_is(path: Path, mine: Mapping[str, Any]) -> None:
+    aside = path.with_name(f".lease.{mine['token']}")
+    disk.write_json(aside, mine)
+    try:
+        os.link(aside, path)  # fails where another process was faster: of two, one wins
+    except FileExistsError:
+        raise UserError(f"{path.parent}: another process began to build it just now; wait for it, or stop it") from None
+    finally:
+        aside.unlink()
+
+
+def _beat(path: Path, mine: Mapping[str, Any], ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT_S):
         try:
-            os.utime(path)
+            if _holds(path, mine):
+                os.utime(path)
         except OSError:
             pass  # a full or briefly absent disk must not end the work; the lease lives LEASE_EXPIRES_S without a beat
 
 
-def _same_process(pid: int, born: str | None) -> bool:
-    return Path(f"/proc/{pid}").exists() and _born(pid) == born if Path("/proc").exists() else True
+def _holds(path: Path, mine: Mapping[str, Any]) -> bool:
+    """Whether the lease is still this one: a machine that slept for long may have lost it to another."""
+    try:
+        return bool(disk.read_json(path) == mine)
+    except (OSError, ValueError):
+        return False
+
+
+def _machine() -> str:
+    """What tells apart the machines, or containers, in which a process id means another process."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return f"no /proc here; process {os.getpid()}"  # nobody else can ask after it, so its heartbeat alone counts
 
 
 def _born(pid: int) -> str | None:
+    """When a process began, in clock ticks since the machine did; None where there is no such process, or it has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
         return None
+    return None if state in "ZX" else rest[18]

@@ -217,7 +217,7 @@ def _merge(
 
     adapter = context.output / ADAPTER
     model.save_pretrained(adapter, state_dict=state, save_embedding_layers=_brings_tokens(model, contract))
-    unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]  # the merge happens on this rank alone, in whole weights
+    unset_hf_deepspeed_config()  # the merge happens on this rank alone, in whole weights
     base = load_policy(given.model, tokenizer, contract, context.at, dtype=torch.float32)
     merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     return merged, gather_state(merged, keep=True)

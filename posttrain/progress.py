@@ -14,6 +14,7 @@ from posttrain import disk
 if TYPE_CHECKING:
     from rich.console import Console
 
+FILE = "progress.json"
 WRITE_EVERY_S = 0.5
 PLAIN_LINE_EVERY_S = 10.0
 
@@ -48,7 +49,7 @@ class Progress:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Append one line to `metrics.jsonl`."""
         if self._is_main:
-            with open(self._directory / "metrics.jsonl", "a", encoding="utf-8") as file:
+            with (self._directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
     def rewind(self, step: int) -> None:
@@ -61,13 +62,13 @@ class Progress:
     def _write(self, *, force: bool) -> None:
         if self._is_main and (force or time.monotonic() - self._written > WRITE_EVERY_S):
             self._written = time.monotonic()
-            disk.write_json(self._directory / "progress.json", {**self._state, "updated": time.time()})
+            disk.write_json(self._directory / FILE, {**self._state, "updated": time.time()})
 
 
 def _line_step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return float("inf")  # a line cut off by a crash
 
 
@@ -75,7 +76,7 @@ class Watcher:
     """The reading side: one live line on a terminal, a plain line now and then elsewhere."""
 
     def __init__(self, directory: Path, name: str, console: "Console") -> None:
-        self._path = directory / "progress.json"
+        self._path = directory / FILE
         self._name = name
         self._console = console
         self._printed = (0.0, "")

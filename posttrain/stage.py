@@ -125,11 +125,11 @@ class Stage(Generic[C]):
         return (importlib.import_module(self.run.__module__).__doc__ or "").strip().splitlines()[0]
 
 
-def load_stage(kind: str, at: str) -> Stage[Any]:
+def load_stage(kind: object, at: str) -> Stage[Any]:
     """The stage of that kind; `at` is the config path that asked for it. Raises `UserError`."""
     from stages import STAGES
 
-    if kind not in STAGES:
-        raise UserError(f"{at}: {kind!r} is no kind of stage; {nearest(kind, list(STAGES))}")
+    if not isinstance(kind, str) or kind not in STAGES:
+        raise UserError(f"{at}: {kind!r} is no kind of stage; {nearest(str(kind), list(STAGES))}")
     stage: Stage[Any] = importlib.import_module(STAGES[kind]).STAGE
     return stage

@@ -11,13 +11,14 @@ live model, compare, and write `artifact.json`.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ def worker(directory: Path, phase: Phase, rendezvous: Mapping[str, str]) -> None
     """Run one phase in a process forked for it, with its output in the attempt's log; ends the process."""
     # A lone rank must not look like one of many: accelerate would wrap its model for a group of one.
     os.environ.update(rendezvous if rendezvous["WORLD_SIZE"] != "1" else {name: rendezvous[name] for name in ("MASTER_ADDR", "MASTER_PORT")})
-    _end_with_parent()
+    _end_with_driver()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver hears Ctrl-C too, and asks for a clean stop
     rank = int(rendezvous["RANK"])
     attempt, stage, context = open_context(
@@ -179,11 +180,16 @@ def _log_to(path: Path) -> Iterator[None]:
         yield
 
 
-def _end_with_parent() -> None:
-    """Have the kernel end this process when the warm parent ends, so that a killed driver leaves nothing behind."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+def _end_with_driver() -> None:
+    """End this process when the driver is gone, however it went, so that a killed driver leaves nothing behind."""
+    driver = parent_process()
+    assert driver is not None, "the local launcher starts workers as child processes"
+
+    def watch() -> None:
+        driver.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def run(context: StageContext[EvalConfig]) -> dict[str, float]:
         encoded = rows.encode(tokenizer, contract, context.config.max_length)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         mine = measure(context, given, tokenizer, contract, encoded, device, progress)
-        policies.append(Policy(given.name, gather(mine, context.world_size)))
+        policies.append(Policy(given.name, gather(mine, context.world_size), len(encoded.too_long)))
     if not context.is_main:
         return {}
     table, metrics = compare_policies(policies, rows, confidence=context.config.confidence, seed=context.config.seed)

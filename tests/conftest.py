@@ -4,10 +4,12 @@ Called in-process, `run` starts the warm parent once for the whole test session,
 second for it instead of twenty.
 """
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,3 +57,100 @@ def posttrain(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         return Ended(code, out, err)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model of two layers with random weights: byte-level vocabulary, `<s>` and `</s>`, no pad token, no template."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator(["what is the colour of the sky, and how many birds are there? the answer is blue, and there are"] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            bos_token_id=0,
+            eos_token_id=1,
+            tie_word_embeddings=False,
+            initializer_range=0.2,  # wide, so that logits, losses and their differences are not all alike
+        )
+    )
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+COLOURS = ["red", "green", "blue", "black", "white", "grey", "pink", "brown"]
+
+
+@pytest.fixture(scope="session")
+def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 conversations of unequal length, every third of two turns."""
+    path = tmp_path_factory.mktemp("data") / "chat.jsonl"
+    rows = []
+    for number in range(24):
+        messages = [
+            {"role": "user", "content": f"what is the colour of bird {number}?" + " and why?" * (number % 4)},
+            {"role": "assistant", "content": f"the colour is {COLOURS[number % 8]}" + ", as the sky" * (number % 5)},
+        ]
+        if number % 3 == 0:
+            messages += [{"role": "user", "content": "are there more?"}, {"role": "assistant", "content": f"there are {number}"}]
+        rows.append({"messages": messages})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 preference pairs of unequal length."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rows = [
+        {
+            "prompt": f"what is the colour of bird {number}?",
+            "chosen": f"the answer is {COLOURS[number % 8]}" + " and more" * (number % 3),
+            "rejected": "there are birds" + " in the sky" * (number % 4) + f" {number}",
+        }
+        for number in range(16)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def pipeline_file(tmp_path: Path, tiny: Path, chat_file: Path, pairs_file: Path) -> Path:
+    """A pipeline of sft, dpo and eval on the tiny model, of a few steps each."""
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(
+        f"""
+run: test
+sources:
+  base: {{model: {tiny}}}
+  chat: {{data: {chat_file}}}
+  prefs: {{data: {pairs_file}}}
+stages:
+  sft: {{inputs: {{policy: base, data: chat}}, learning_rate: 1e-3, global_batch_size: 8, max_length: 128, num_train_epochs: 2}}
+  dpo: {{inputs: {{policy: sft, data: prefs}}, learning_rate: 1e-3, global_batch_size: 8, max_length: 128, num_train_epochs: 2}}
+  eval: {{inputs: {{policies: [base, sft, dpo], data: [chat, prefs]}}, max_new_tokens: 8}}
+"""
+    )
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posttrain import disk
-from posttrain.chat import ChatContract, encode, encode_prompt
+from posttrain.chat import ChatContract, encode
 from posttrain.data.rows import Conversation, Message, Pair, Row
 from posttrain.data.source import open_source
 from posttrain.error import UserError
@@ -56,14 +56,21 @@ class PreparedRow:
     truncated: bool
 
 
-def prepare(
-    context: StageContext[Any], given: Input, encoder: Callable[[Row], PreparedRow | None], key: dict[str, Any]
-) -> Prepared:
-    """Encode every row of an input, or find it encoded already. `encoder` gives None for a row to be left out.
+@dataclass(frozen=True)
+class Encoder:
+    """Makes a prepared row of a row, or None of one that is to be left out."""
 
-    `key` holds all that the encoder depends on but the data. Writes `prepared.json` into the stage directory.
+    encode: Callable[[Row], PreparedRow | None]
+    tokenizer: str
+    """Hash of the tokenizer: under one and the same chat contract, two vocabularies give other ids."""
+
+
+def prepare(context: StageContext[Any], given: Input, encoder: Encoder, key: dict[str, Any]) -> Prepared:
+    """Encode every row of an input, or find it encoded already.
+
+    `key` holds all that the encoder depends on but data and tokenizer. Writes `prepared.json` into the stage directory.
     """
-    digest = disk.hash_json({"version": VERSION, "data": given.fingerprint, **key})
+    digest = disk.hash_json({"version": VERSION, "data": given.fingerprint, "tokenizer": encoder.tokenizer, **key})
     path = context.root / ".prepared" / digest[:32]
     if not (path / "manifest.json").is_file():
         _encode_all(context, given, encoder, path)
@@ -77,7 +84,7 @@ def read_prepared(context: StageContext[Any]) -> Prepared:
     return Prepared(path, **disk.read_json(path / "manifest.json"))
 
 
-def _encode_all(context: StageContext[Any], given: Input, encoder: Callable[[Row], PreparedRow | None], path: Path) -> None:
+def _encode_all(context: StageContext[Any], given: Input, encoder: Encoder, path: Path) -> None:
     from datasets import Dataset
 
     source = open_source(given.data, f"{context.at}: {given.name}")
@@ -85,13 +92,16 @@ def _encode_all(context: StageContext[Any], given: Input, encoder: Callable[[Row
         print(f"{given.name}: {entry.path} is {entry.format}{' (read off its columns)' if entry.detected else ''}", flush=True)
     rows, num_dropped = [], 0
     for row in source.rows():
-        encoded = encoder(row)
+        encoded = encoder.encode(row)
         if encoded is None:
             num_dropped += 1
         else:
             rows.append(encoded)
     if source.invalid:
-        print(f"{given.name}: {len(source.invalid)} rows left out that do not fit; the first: {next(iter(source.invalid.values()))}", flush=True)
+        print(
+            f"{given.name}: {len(source.invalid)} rows left out that do not fit; the first: {next(iter(source.invalid.values()))}",
+            flush=True,
+        )
     if not rows:
         raise UserError(f"{context.at}: no row of {given.name} is left to train on: {num_dropped} are over max_length; raise it")
     columns = {name: [row.columns[name] for row in rows] for name in rows[0].columns}
@@ -121,7 +131,7 @@ def _encode_all(context: StageContext[Any], given: Input, encoder: Callable[[Row
 
 def conversation_encoder(
     tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, *, max_length: int, on_overflow: str, at: str
-) -> Callable[[Row], PreparedRow | None]:
+) -> Encoder:
     """An encoder of conversations into `input_ids` and `labels`, both `(T,)`: only assistant turns and their stops are labels."""
 
     def encode_row(row: Row) -> PreparedRow | None:
@@ -142,12 +152,10 @@ def conversation_encoder(
             raise UserError(f"{row.origin}: no token of it is trained; drop the row, or set train: true on an assistant turn")
         return PreparedRow({"input_ids": ids, "labels": labels}, len(ids), num_trained, len(encoded.ids) > max_length)
 
-    return encode_row
+    return Encoder(encode_row, _hash_tokenizer(tokenizer))
 
 
-def pair_encoder(
-    tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, *, max_length: int, on_overflow: str, at: str
-) -> Callable[[Row], PreparedRow | None]:
+def pair_encoder(tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, *, max_length: int, on_overflow: str, at: str) -> Encoder:
     """An encoder of preference pairs into `prompt_ids`, `chosen_ids` and `rejected_ids`, each `(T,)`, answers with their stops."""
 
     def encode_row(row: Row) -> PreparedRow | None:
@@ -167,21 +175,38 @@ def pair_encoder(
         columns = {"prompt_ids": prompt, "chosen_ids": cut_chosen, "rejected_ids": cut_rejected}
         return PreparedRow(columns, length, len(cut_chosen) + len(cut_rejected), longest > max_length)
 
-    return encode_row
+    return Encoder(encode_row, _hash_tokenizer(tokenizer))
 
 
 def encode_pair(tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, row: Pair) -> tuple[list[int], list[int], list[int]]:
     """Token ids of the prompt and of the two answers, each answer up to and with its stop token."""
-    prompt = encode_prompt(tokenizer, row.prompt, row.tools, row.origin)
-    return prompt, *(_answer(tokenizer, contract, row, prompt, answer) for answer in (row.chosen, row.rejected))
+    prompt, chosen = _split_answer(tokenizer, contract, row, row.chosen, "chosen")
+    prompt_of_rejected, rejected = _split_answer(tokenizer, contract, row, row.rejected, "rejected")
+    assert prompt == prompt_of_rejected, "a prompt is tokenized before its answer exists"
+    return prompt, chosen, rejected
 
 
-def _answer(tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, row: Pair, prompt: list[int], answer: list[Message]) -> list[int]:
-    encoded = encode(tokenizer, row.prompt + answer, row.tools, contract.stop_tokens[0], row.origin)
-    if encoded.ids[: len(prompt)] != prompt:
-        raise UserError(f"{row.origin}: the prompt has other tokens alone than with an answer; use another chat template")
-    end = 1 + max(position for position, trained in enumerate(encoded.trained) if trained)
-    return encoded.ids[len(prompt) : end]
+def _split_answer(
+    tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, row: Pair, answer: list[Message], name: str
+) -> tuple[list[int], list[int]]:
+    if len(answer) != 1:
+        raise UserError(
+            f"{row.origin}: {name} holds {len(answer)} messages, and what stands between answers would be learned with them; "
+            "compare single answers, with all before them in the prompt"
+        )
+    context = [_trained(message, False) if message["role"] == "assistant" else message for message in row.prompt]
+    encoded = encode(tokenizer, [*context, _trained(answer[0], True)], row.tools, contract.stop_tokens[0], row.origin)
+    start = encoded.trained.index(True)
+    return encoded.ids[:start], encoded.ids[start : start + sum(encoded.trained)]
+
+
+def _trained(message: Message, train: bool) -> Message:
+    return {**message, "train": train}
+
+
+def _hash_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Hash of all that turns text into ids; of the vocabulary alone where there is no `tokenizers` object to ask."""
+    return disk.hash_json(tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab())
 
 
 def _overflows(length: int, max_length: int, on_overflow: str, origin: str, at: str) -> bool:
@@ -189,7 +214,9 @@ def _overflows(length: int, max_length: int, on_overflow: str, origin: str, at: 
     if length <= max_length:
         return False
     if on_overflow == "error":
-        raise UserError(f"{origin}: {length} tokens, over {at}.max_length: {max_length}; raise it, or set {at}.on_overflow to drop or truncate")
+        raise UserError(
+            f"{origin}: {length} tokens, over {at}.max_length: {max_length}; raise it, or set {at}.on_overflow to drop or truncate"
+        )
     return on_overflow == "drop"
 
 

@@ -21,6 +21,7 @@ from posttrain.artifact import FILE as ARTIFACT_FILE
 from posttrain.artifact import OUTPUT
 from posttrain.error import EXIT_PREEMPTED, Preempted, StageFailed, UserError
 from posttrain.ledger import Attempt
+from posttrain.progress import FILE as PROGRESS_FILE
 from posttrain.progress import Watcher
 from posttrain.worker import ERROR_FILE, Phase, worker
 
@@ -45,6 +46,7 @@ def local_launcher(console: "Console") -> Iterator[Callable[[Path, Attempt], Non
         forkserver.ensure_running()
 
     def launch(directory: Path, attempt: Attempt) -> None:
+        (directory / PROGRESS_FILE).unlink(missing_ok=True)  # an earlier attempt's would be shown as this one's
         with Watcher(directory, attempt.name, console) as watcher:
             if not (directory / OUTPUT).is_dir():
                 _run_phase(directory, attempt, "prepare", 1, watcher)
@@ -80,32 +82,40 @@ def _run_phase(directory: Path, attempt: Attempt, phase: Phase, world_size: int,
             watcher.show()
     finally:
         # On every way out (a rank that failed, an interrupt, a signal) no process is left behind.
-        _stop(started)
-    _raise_failure(directory, attempt, ranks)
+        stopped = _stop(started)
+    _raise_failure(directory, attempt, ranks, stopped)
 
 
-def _stop(ranks: list[ForkServerProcess]) -> None:
-    """Ask the ranks that are left to save and stop, and kill those that do not in time."""
+def _stop(ranks: list[ForkServerProcess]) -> list[ForkServerProcess]:
+    """Ask the ranks that are left to save and stop, and kill those that do not in time. Returns whom it asked."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    left = [process for process in ranks if process.exitcode is None]
     try:
-        for process in ranks:
-            if process.exitcode is None:
-                process.terminate()
+        for process in left:
+            process.terminate()
         deadline = time.monotonic() + STOP_WITHIN_S
-        for process in ranks:
+        for process in left:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.exitcode is None:
                 process.kill()
                 process.join()
     finally:
         signal.signal(signal.SIGINT, before)
+    return left
 
 
-def _raise_failure(directory: Path, attempt: Attempt, ranks: list[ForkServerProcess]) -> None:
-    codes = [process.exitcode for process in ranks]
+def _raise_failure(directory: Path, attempt: Attempt, ranks: list[ForkServerProcess], stopped: list[ForkServerProcess]) -> None:
+    """Raise what the exit codes and the ranks' own words say; nothing where all went well."""
+    codes = [process.exitcode or 0 for process in ranks]
     if not any(codes):
         return
     logs = _logs(directory, attempt)
+    # A rank that was killed comes first: what the others then say is only that they lost it.
+    for rank, process in enumerate(ranks):
+        if codes[rank] < 0 and process not in stopped:
+            hint = "; out of memory is the usual reason" if codes[rank] == -signal.SIGKILL else ""
+            how = signal.Signals(-codes[rank]).name
+            raise StageFailed(f"stages.{attempt.name}: rank {rank} ended (killed by {how}){hint}; its log is {logs}/rank_{rank}.log")
     for rank in range(len(ranks)):
         if record := disk.read_json(logs / ERROR_FILE.format(rank=rank)):
             if record["kind"] == "user":
@@ -114,9 +124,7 @@ def _raise_failure(directory: Path, attempt: Attempt, ranks: list[ForkServerProc
     if EXIT_PREEMPTED in codes:
         raise Preempted(f"stages.{attempt.name} was asked to stop and saved its state")
     dead = next(rank for rank, code in enumerate(codes) if code)
-    how = f"killed by {signal.Signals(-codes[dead]).name}" if codes[dead] < 0 else f"exit code {codes[dead]}"
-    hint = "; out of memory is the usual reason" if codes[dead] == -signal.SIGKILL else ""
-    raise StageFailed(f"stages.{attempt.name}: rank {dead} ended ({how}){hint}; its log is {logs}/rank_{dead}.log")
+    raise StageFailed(f"stages.{attempt.name}: rank {dead} ended (exit code {codes[dead]}); its log is {logs}/rank_{dead}.log")
 
 
 def _logs(directory: Path, attempt: Attempt) -> Path:

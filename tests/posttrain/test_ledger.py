@@ -1,0 +1,246 @@
+"""What the disk says of a stage: attempts, and the lease that lets only one process build it at a time."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from posttrain import disk, ledger
+from posttrain.config import DataSource, ModelSource
+from posttrain.error import UserError
+from posttrain.stage import load_stage
+
+REPOSITORY = Path(__file__).parents[2]
+HOLD = """
+import sys, time
+from pathlib import Path
+from posttrain import ledger
+from posttrain.error import UserError
+try:
+    with ledger.lease(Path(sys.argv[1])):
+        print("held", flush=True)
+        time.sleep(float(sys.argv[2]))
+except UserError as error:
+    print(error, flush=True)
+"""
+
+
+def holder(directory: Path, seconds: float) -> subprocess.Popen[str]:
+    """A process that holds the lease for that long, or says why it cannot."""
+    arguments = [sys.executable, "-c", HOLD, str(directory), str(seconds)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY)
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def attempt(directory: Path, **fields: object) -> ledger.Attempt:
+    stage = load_stage("sft", "")
+    source = {"name": "base", "kind": "policy", "fingerprint": "f", "id": "f", "source": {"model": "/base"}}
+    data = {"name": "chat", "kind": "dataset", "fingerprint": "g", "id": "g", "source": {"data": "/chat.jsonl"}}
+    given = {
+        "name": "sft", "run": "r", "root": directory.parent, "fingerprint": "x", "identity": {"kind": "sft"}, "num_processes": 1,
+        "config": stage.config(seed=3), "inputs": {"policy": [source], "data": [data]},
+    }  # fmt: skip
+    return ledger.start_attempt(directory, stage=stage, **{**given, **fields})
+
+
+# --- attempts --------------------------------------------------------------------------------------------------------
+
+
+def test_an_attempt_is_read_as_it_was_started(tmp_path: Path) -> None:
+    started = attempt(tmp_path)
+    assert ledger.read_attempt(tmp_path) == started
+    assert started.input_builds == {"base": {"id": "f", "fingerprint": "f"}, "chat": {"id": "g", "fingerprint": "g"}}
+
+
+def test_attempts_are_numbered_and_each_has_logs_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "logs" / "attempt_of_mine").mkdir(parents=True)
+    assert [attempt(tmp_path).number for _ in range(3)] == [1, 2, 3]
+    assert all((tmp_path / "logs" / f"attempt_{number}").is_dir() for number in (1, 2, 3))
+
+
+def test_a_new_attempt_does_not_show_the_progress_of_the_last(tmp_path: Path) -> None:
+    (tmp_path / "progress.json").write_text('{"phase": "train", "step": 9, "num_steps": 9}')
+    attempt(tmp_path)
+    assert not (tmp_path / "progress.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "5", "{}", '{"name": "sft"}'])
+def test_a_damaged_attempt_counts_as_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "stage.json").write_text(content)
+    assert ledger.read_attempt(tmp_path) is None
+
+
+def test_a_worker_is_told_everything_by_the_attempt(tmp_path: Path) -> None:
+    started = attempt(tmp_path)
+    read, stage, context = ledger.open_context(tmp_path, rank=1, local_rank=1, world_size=2)
+    assert (read, stage.kind, context.config.seed, context.root) == (started, "sft", 3, tmp_path.parent)
+    assert context.input("policy").model == ModelSource(model="/base")
+    assert context.input("data").data == DataSource(data="/chat.jsonl")
+    assert (context.rank, context.is_main, context.at) == (1, False, "stages.sft")
+
+
+def test_a_worker_without_an_attempt_is_told_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no readable stage.json; start the stage with `run`"):
+        ledger.open_context(tmp_path, rank=0, local_rank=0, world_size=1)
+
+
+# --- the lease -------------------------------------------------------------------------------------------------------
+
+
+def test_a_lease_is_held_for_the_block_and_given_back(tmp_path: Path) -> None:
+    assert ledger.lease_holder(tmp_path) is None
+    with ledger.lease(tmp_path):
+        found = ledger.lease_holder(tmp_path)
+        assert found is not None
+        assert (found.pid, found.host) == (os.getpid(), os.uname().nodename)
+        with pytest.raises(UserError, match=f"being built by process {os.getpid()} on "), ledger.lease(tmp_path):
+            pass
+        assert ledger.lease_holder(tmp_path), "who was refused did not take it away"
+    assert ledger.lease_holder(tmp_path) is None
+
+
+def test_a_lease_is_given_back_when_the_work_fails(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), ledger.lease(tmp_path):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "lease.json").exists()
+
+
+def test_another_process_cannot_hold_what_one_holds(tmp_path: Path) -> None:
+    first = holder(tmp_path, 60)
+    try:
+        assert said(first) == "held"
+        assert f"being built by process {first.pid} on " in said(holder(tmp_path, 0))
+        with pytest.raises(UserError, match="wait for it, or stop it"), ledger.lease(tmp_path):
+            pass
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_the_lease_of_a_process_that_died_is_free_at_once(tmp_path: Path) -> None:
+    first = holder(tmp_path, 60)
+    assert said(first) == "held"
+    first.kill()
+    while Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    assert ledger.lease_holder(tmp_path) is None, "also before its parent has taken note"
+    first.wait()
+    with ledger.lease(tmp_path):
+        pass
+
+
+def test_the_lease_of_a_suspended_process_is_not_free(tmp_path: Path) -> None:
+    first = holder(tmp_path, 60)
+    assert said(first) == "held"
+    first.send_signal(signal.SIGSTOP)
+    os.utime(tmp_path / "lease.json", (0, 0))
+    assert ledger.lease_holder(tmp_path) is not None
+    first.kill()
+    first.wait()
+
+
+@dataclass
+class Contest:
+    """Threads that stand for processes, all after one lease: it is of the block that took it, whatever the thread."""
+
+    start: threading.Barrier
+    over: threading.Event
+    refused: threading.Semaphore
+    held: list[int]
+
+    def enter(self, directory: Path, number: int) -> None:
+        self.start.wait()
+        try:
+            with ledger.lease(directory):
+                self.held.append(number)
+                self.over.wait(5)
+        except UserError:
+            self.refused.release()
+
+
+def test_of_many_that_find_a_dead_lease_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = ledger.lease_holder
+
+    def look_and_linger(directory: Path) -> ledger.Holder | None:
+        seen = look(directory)
+        time.sleep(random.random() / 100)
+        return seen
+
+    monkeypatch.setattr(ledger, "lease_holder", look_and_linger)
+    for _ in range(10):
+        with ledger.lease(tmp_path):
+            record = json.loads((tmp_path / "lease.json").read_text())
+        (tmp_path / "lease.json").write_text(json.dumps({**record, "born": "1"}))
+        contest = Contest(threading.Barrier(4), threading.Event(), threading.Semaphore(0), [])
+        threads = [threading.Thread(target=contest.enter, args=(tmp_path, number)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        refused = [contest.refused.acquire(timeout=5) for _ in range(3)]
+        contest.over.set()
+        for thread in threads:
+            thread.join()
+        assert refused == [True] * 3
+        assert len(contest.held) == 1
+
+
+def test_a_lease_beats_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "HEARTBEAT_S", 0.02)
+    path = tmp_path / "lease.json"
+    with ledger.lease(tmp_path):
+        os.utime(path, (0, 0))
+        deadline = time.monotonic() + 5
+        while path.stat().st_mtime < 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert time.time() - path.stat().st_mtime < 5
+
+
+def foreign(directory: Path, age_s: float) -> None:
+    with ledger.lease(directory):
+        record = json.loads((directory / "lease.json").read_text())
+    disk.write_json(directory / "lease.json", {**record, "host": "node7", "machine": "node7"})
+    os.utime(directory / "lease.json", (time.time() - age_s,) * 2)
+
+
+def test_the_lease_of_another_host_lives_as_long_as_its_heart_beats(tmp_path: Path) -> None:
+    foreign(tmp_path, age_s=ledger.LEASE_EXPIRES_S - 5)
+    assert "on node7" in str(ledger.lease_holder(tmp_path))
+    with pytest.raises(UserError, match="on node7"), ledger.lease(tmp_path):
+        pass
+    foreign_path = tmp_path / "lease.json"
+    os.utime(foreign_path, (time.time() - ledger.LEASE_EXPIRES_S - 1,) * 2)
+    with ledger.lease(tmp_path):
+        assert ledger.lease_holder(tmp_path)
+
+
+def test_who_lost_the_lease_neither_keeps_it_alive_nor_gives_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that slept for an hour wakes up to find that another took over."""
+    monkeypatch.setattr(ledger, "HEARTBEAT_S", 0.01)
+    path = tmp_path / "lease.json"
+    with ledger.lease(tmp_path):
+        record = json.loads(path.read_text())
+        disk.write_json(path, {**record, "host": "node7", "machine": "node7", "token": "theirs"})
+        time.sleep(0.03)
+        os.utime(path, (0, 0))
+        time.sleep(0.1)
+        assert path.stat().st_mtime == 0
+    assert json.loads(path.read_text())["token"] == "theirs"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"host": 1}'])
+def test_a_damaged_lease_holds_nothing(tmp_path: Path, content: str) -> None:
+    (tmp_path / "lease.json").write_text(content)
+    assert ledger.lease_holder(tmp_path) is None
+    with ledger.lease(tmp_path):
+        pass

@@ -1,0 +1,100 @@
+"""What a stage is at can be read from its files, by anyone, at any moment."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from posttrain import disk, progress
+from posttrain.progress import Progress, Watcher, describe
+
+
+def state(directory: Path) -> dict[str, object]:
+    read = disk.read_json(directory / "progress.json")
+    assert isinstance(read, dict)
+    return read
+
+
+def test_the_first_and_the_last_step_of_a_phase_are_always_written(tmp_path: Path) -> None:
+    writing = Progress(tmp_path, is_main=True)
+    writing.phase("train", num_steps=100)
+    assert (state(tmp_path)["phase"], state(tmp_path)["step"]) == ("train", 0)
+    for step in range(1, 101):
+        writing.step(step, loss=1.0 / step)
+    assert (state(tmp_path)["step"], state(tmp_path)["loss"]) == (100, 0.01)
+
+
+def test_steps_are_not_written_faster_than_anyone_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes: list[object] = []
+    monkeypatch.setattr(disk, "write_json", lambda path, value: writes.append(value))
+    writing = Progress(tmp_path, is_main=True)
+    writing.phase("train", num_steps=10_000)
+    for step in range(1, 1000):
+        writing.step(step)
+    assert len(writes) < 5
+
+
+def test_the_time_left_counts_from_where_a_resumed_phase_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("posttrain.progress.time.monotonic", lambda: clock[0])
+    writing = Progress(tmp_path, is_main=True)
+    writing.phase("train", num_steps=100, step=80)
+    clock[0] = 10.0
+    writing.step(90)
+    assert state(tmp_path)["eta_s"] == pytest.approx(10.0)
+
+
+def test_only_the_main_rank_writes(tmp_path: Path) -> None:
+    writing = Progress(tmp_path, is_main=False)
+    writing.phase("train", num_steps=1)
+    writing.step(1)
+    writing.metrics(1, {"loss": 1.0})
+    writing.rewind(0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rewinding_drops_what_a_resumed_run_writes_again_and_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    writing = Progress(tmp_path, is_main=True)
+    writing.rewind(0)  # nothing there yet
+    for step in (1, 2, 3):
+        writing.metrics(step, {"loss": 1.0 / step})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    writing.rewind(2)
+    writing.metrics(3, {"loss": 0.5})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 0.5},
+        {"step": 3, "loss": 0.5},
+    ]
+
+
+def test_a_state_is_described_in_one_line() -> None:
+    assert describe({"phase": "load model", "step": 0, "num_steps": 0}) == "load model"
+    full = {"phase": "train", "step": 12, "num_steps": 40, "eta_s": 125.0, "loss": 1.23456, "tokens_per_s": 12345.6}
+    assert describe(full) == "train  12/40  loss 1.2346  12,346 tokens/s  2:05 left"
+    assert describe({**full, "step": 40}) == "train  40/40  loss 1.2346  12,346 tokens/s"
+
+
+def test_without_a_terminal_a_line_is_printed_for_each_phase_and_then_now_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    writing = Progress(tmp_path, is_main=True)
+    monkeypatch.setattr(progress, "WRITE_EVERY_S", -1.0)
+    with Watcher(tmp_path, "sft", Console(file=out, width=200)) as watcher:
+        watcher.show()
+        writing.phase("train", num_steps=4)
+        for step in (1, 2, 3):
+            writing.step(step)
+            watcher.show()
+        monkeypatch.setattr(progress, "PLAIN_LINE_EVERY_S", 0.0)
+        watcher.show()
+        writing.phase("publish")
+        watcher.show()
+        (tmp_path / "progress.json").write_text("{")
+        watcher.show()
+    lines = [line.split("  0:0")[0].strip() for line in out.getvalue().splitlines()]
+    assert lines == ["sft: train  1/4", "sft: train  3/4", "sft: publish"]
