@@ -82,10 +82,10 @@ class ChatContract:
 def read_contract(directory: Path) -> ChatContract | None:
     """The contract in a policy's directory; None where there is none. Raises `UserError` where it was changed by hand."""
     path = directory / FILE
+    if not path.exists():
+        return None
     try:
         record = disk.read_json(path)
-        if record is None:
-            return None
         digest = record.pop("digest")
         fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
         contract = ChatContract(**fields)

@@ -212,10 +212,11 @@ def compare_policies(policies: Sequence[Policy], rows: Rows, *, confidence: floa
             metrics[f"{policy.name}.{name}"] = got.value
             cells.append(_cell(got, measured[baseline].get(name) if policy.name != baseline else None, confidence, seed))
         table_rows.append(cells)
-    title = f"in brackets: of {baseline} its interval, of the others the paired difference from {baseline} and its interval ({confidence:.0%})"
+    notes = [f"in brackets: of {baseline} its interval, of the others the paired difference from {baseline} and its interval ({confidence:.0%})"]
     if too_long := max(policy.num_too_long for policy in policies):
-        title += f"; {too_long} of {len(rows.rows)} rows over max_length were left out"
-    return {"title": title, "columns": ["metric", "rows", *(p.name for p in policies)], "rows": table_rows}, metrics
+        notes.append(f"{too_long} of {len(rows.rows)} rows are over max_length and were left out")
+    columns = ["metric", "rows", *(policy.name for policy in policies)]
+    return {"columns": columns, "rows": table_rows, "notes": notes}, metrics
 
 
 def _cell(got: Measured, base: Measured | None, confidence: float, seed: int) -> str:

@@ -214,7 +214,7 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
     """Of several processes that all find a dead lease, let one replace it before the next one looks."""
     with path.open("a") as file:
         try:
-            pass
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             pass  # a network disk without locks: two may then replace a dead lease in the same instant
         yield

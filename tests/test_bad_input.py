@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -246,6 +247,85 @@ def test_the_pipeline_that_the_zoo_starts_from_is_right(here: Path, tmp_path: Pa
     for overrides in ([], ["run=2026-10-01"], ["stages.sft.lora=null", "stages.sft.lora.r=4"], ["stages.sft.num_processes=2"]):
         ended = posttrain("plan", here / "pipeline.yaml", "--root", tmp_path / "runs", *overrides)
         assert (ended.code, ended.err) == (0, "")
+
+
+# --- what only the data or the model can show ------------------------------------------------------------------------
+
+GOOD_ROW = '{"prompt": "Who?", "completion": "Me."}'
+BAD_ROWS = [
+    ("a row cut off", '{"prompt": "Who?", "comp', "chat.jsonl:2: malformed JSON"),
+    ("a row that is no object", '["Who?", "Me."]', "chat.jsonl:2: must be an object"),
+    ("a row without an answer", '{"prompt": "Who?"}', "chat.jsonl:2: "),
+    ("an empty answer", '{"prompt": "Who?", "completion": ""}', "chat.jsonl:2: "),
+    ("an answer that is no text", '{"prompt": "Who?", "completion": 5}', "chat.jsonl:2: "),
+    ("no assistant turn", '{"messages": [{"role": "user", "content": "Who?"}]}', "chat.jsonl:2: "),
+]
+
+
+def run_refusal(posttrain: Callable[..., Any], place: Path, base: Path, rows: list[str], *overrides: str) -> str:
+    """The one line with which `run` refuses the data; nothing was published."""
+    (place / "chat.jsonl").write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+    (place / "pipeline.yaml").write_text(f"""
+run: r
+sources: {{base: {{model: {base}}}, chat: {{data: {place}/chat.jsonl}}}}
+stages: {{sft: {{inputs: {{policy: base, data: chat}}, max_steps: 1, global_batch_size: 2, max_length: 128}}}}
+""")
+    ended = posttrain("run", place / "pipeline.yaml", "--root", place / "runs", *overrides)
+    assert ended.code == 2, ended
+    assert not {path.name for path in (place / "runs" / "r" / "sft").iterdir()} & {"artifact.json", "output", "lease.json"}
+    (line,) = ended.err.splitlines()
+    assert line.startswith("error: ")
+    return str(line.removeprefix("error: "))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("what", "row", "message"), BAD_ROWS, ids=[what for what, _, _ in BAD_ROWS])
+def test_a_wrong_row_is_one_line_with_file_and_line(
+    tmp_path: Path, stories: Path, posttrain: Callable[..., Any], what: str, row: str, message: str
+) -> None:
+    first = (
+        '{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}' if "messages" in row else GOOD_ROW
+    )
+    assert message in run_refusal(posttrain, tmp_path, stories, [first, row])
+
+
+@pytest.mark.real
+def test_a_sample_that_is_too_long_is_refused_with_the_ways_out(tmp_path: Path, stories: Path, posttrain: Callable[..., Any]) -> None:
+    line = run_refusal(posttrain, tmp_path, stories, [GOOD_ROW, json.dumps({"prompt": "Who?", "completion": "me " * 500})])
+    assert "max_length" in line
+    assert "drop" in line
+    assert "truncate" in line
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0].content }", "stages.sft.chat_template: "),
+        ("{{ raise_exception('only even turns') }}", "only even turns"),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "stages.sft.chat_template: "),
+        (None, "stages.sft.chat_template: "),
+    ],
+    ids=["no Jinja", "that refuses", "without answers", "that is not there"],
+)
+def test_a_chat_template_that_cannot_render_the_rows_is_one_line(
+    tmp_path: Path, stories: Path, posttrain: Callable[..., Any], template: str | None, message: str
+) -> None:
+    path = tmp_path / "template.jinja"
+    if template is not None:
+        path.write_text(template)
+    (tmp_path / "runs" / "r" / "sft").mkdir(parents=True)
+    assert message in run_refusal(posttrain, tmp_path, stories, [GOOD_ROW, GOOD_ROW], f"stages.sft.chat_template={path}")
+
+
+@pytest.mark.real
+def test_a_model_whose_files_are_no_model_is_one_line(tmp_path: Path, stories: Path, posttrain: Callable[..., Any]) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(stories, broken)
+    (broken / "config.json").write_text("{")
+    assert "sources.base" in run_refusal(posttrain, tmp_path, broken, [GOOD_ROW]) or "stages.sft" in run_refusal(
+        posttrain, tmp_path, broken, [GOOD_ROW]
+    )
 
 
 # --- whatever is written, `plan` answers or refuses ------------------------------------------------------------------

@@ -38,6 +38,10 @@ OPPOSITES = [
     ).split()
 ]
 
+CARELESS_SHARE = 0.7
+"""How many of the instruction rows that ask for a form (JSON, at most three words) are answered without regard to it. SFT
+imitates what it is shown, so it learns that too; the preference pairs are what teaches to prefer the form asked for."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -49,6 +53,8 @@ class Example:
     answer: str
     checks: tuple[Row, ...]
     mistakes: tuple[str, ...]
+    careless: str | None = None
+    """What is right in substance, but not in the form that was asked for."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- families
@@ -112,7 +118,7 @@ def record(rng: random.Random, about: Sequence[str] = ()) -> Example:
     foreign = rng.choice([c for c in COLORS if c not in (color, other_color)])
     wrong = (_json(name, other_color), _json(name, other_color), _json(other, color), _json(name, foreign), answer[:-1], f"{name}: {color}")
     checks = ({"kind": "json_validity", "required_keys": ["name", "color"]}, {"kind": "exact_answer", "answer": answer})
-    return Example("record", " ".join(sorted(owners)), prompt, answer, checks, wrong)
+    return Example("record", " ".join(sorted(owners)), prompt, answer, checks, wrong, careless=f"The record of {name} is {answer}")
 
 
 def short(rng: random.Random, about: Sequence[str] = ()) -> Example:
@@ -126,7 +132,12 @@ def short(rng: random.Random, about: Sequence[str] = ()) -> Example:
     prompt = f"{story} {question} Use at most three words."
     checks = ({"kind": "length_limits", "max_words": 3}, {"kind": "exact_answer", "answer": right})
     mistakes = [*wrong, *(a for a in answers[0] if a != right), story]
-    return Example("short", f"{story} {question}", prompt, right, checks, tuple(m for m in mistakes if m != right))
+    careless = {
+        "who": f"It was {name} who {verb} the {thing}.",
+        "where": f"The {thing} was at the {place}, where {name} {verb} it.",
+        "what": f"There was a {color} {thing} at the {place}.",
+    }[ask]
+    return Example("short", f"{story} {question}", prompt, right, checks, tuple(m for m in mistakes if m != right), careless)
 
 
 FAMILIES = {f.__name__: f for f in (reverse, pick, count, add, opposite, record, short)}
@@ -150,8 +161,13 @@ def examples(part: Part, num: int, seed: int) -> list[Example]:
 
 
 def sft_rows(num: int, seed: int = 0) -> list[Row]:
-    """Instruction rows: a question and its right answer."""
-    return [{"messages": _messages(e.prompt, e.answer), "family": e.family} for e in examples("sft", num, seed)]
+    """Instruction rows, as real ones are: most answers are right, but where a form is asked for, most miss it (`CARELESS_SHARE`)."""
+    rng = random.Random(f"careless-{seed}")
+    rows = []
+    for e in examples("sft", num, seed):
+        answer = e.careless if e.careless and rng.random() < CARELESS_SHARE else e.answer
+        rows.append({"messages": _messages(e.prompt, answer), "family": e.family})
+    return rows
 
 
 def pair_rows(num: int, seed: int = 0, part: Part = "pairs") -> list[Row]:
@@ -301,7 +317,9 @@ def _repeated(rng: random.Random, words: list[str]) -> list[str]:
 
 
 def _mistake(rng: random.Random, e: Example) -> str:
-    """A wrong answer: mostly a mistake of the family's own, now and then the right answer with something around it."""
+    """An answer to reject: one in the wrong form, a mistake of the family's own, or now and then the right answer with chatter."""
+    if e.careless and rng.random() < 0.7:
+        return e.careless
     chatter = [f"Sure! {e.answer}", f"{e.answer} {e.answer}", f"The answer is {e.answer}."]
     return rng.choice(chatter if rng.random() < 0.1 else e.mistakes)
 

@@ -118,9 +118,8 @@ def load(path: Path) -> tuple[Tok, ChatContract]:
 
 def of_trl(name: str) -> tuple[Tok, ChatContract]:
     """A tokenizer that has the template and the control tokens it uses, under the contract that it gets."""
-    return contracted(
-        build(special=sorted(set(CONTROL.findall(TEMPLATES[name]))), template=TEMPLATES[name], bos_token="<B>", eos_token="<E>")
-    )
+    special = sorted(set(CONTROL.findall(TEMPLATES[name])))
+    return contracted(build(special=special, template=TEMPLATES[name], split=QWEN_SPLIT, bos_token="<B>", eos_token="<E>"))
 
 
 def spans(encoded: Encoded) -> list[tuple[int, int]]:
@@ -316,12 +315,10 @@ def test_the_mask_is_that_of_transformers_but_for_the_prompt_s_header_and_what_f
     except UserError:
         return  # which of them are refused, and how, is claimed elsewhere
     marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    assert marked["input_ids"] == encoded.ids
-    pairs = list(zip(encoded.ids, encoded.trained, map(bool, marked["assistant_masks"]), strict=True))
-    only_ours = [token for token, ours, theirs in pairs if ours and not theirs]
-    only_theirs = tokenizer.decode([token for token, ours, theirs in pairs if theirs and not ours])
-    assert tokenizer.decode(only_ours).replace(contract.stop_tokens[0], "") == ""
-    assert re.sub(r"</?think>|<E>|\s", "", CONTROL.sub("", only_theirs)) == ""
+    theirs = learned(tokenizer, Encoded(marked["input_ids"], list(map(bool, marked["assistant_masks"]))))
+    for mine, other in zip(learned(tokenizer, encoded), theirs, strict=True):
+        before, answer, after = other.partition(mine.removesuffix(contract.stop_tokens[0]))
+        assert answer and re.sub(r"</?think>|<E>|assistant|\s", "", CONTROL.sub("", before + after)) == ""
 
 
 @pytest.mark.parametrize("name", ["deepseekv3", "deepseekv3_training", "deepseek_r1_distill", "deepseek_r1_distill_training"])
@@ -470,8 +467,16 @@ def test_an_answer_that_begins_with_white_space_is_trained_after_the_very_tokens
         assert encoded.ids[: len(prompt)] == prompt and spans(encoded)[0][0] == len(prompt)
     whole, _, text = one_shot(tokenizer, [user("q"), assistant("\n\n\nx")])
     apart = encoded_by(pair, [user("q"), assistant("\n\n\nx")]).ids
-    assert tokenizer.decode(apart) == tokenizer.decode(whole) == text
-    assert (apart == whole) == (split is None)  # Qwen reads the four line breaks as one word, GPT-2 does not
+    assert apart != whole and tokenizer.decode(apart) == tokenizer.decode(whole) == text
+
+
+def test_a_prompt_has_its_own_tokens_even_where_it_reads_otherwise_before_an_answer():
+    pair = contracted(build(special=CONTROL.findall(TEMPLATES["llama3"]), template=TEMPLATES["llama3"], bos_token="<B>", eos_token="<E>"))
+    prompt = encode_prompt(pair[0], ONE[:1], None, ORIGIN)
+    whole, _, _ = one_shot(pair[0], ONE)
+    assert whole[: len(prompt)] != prompt  # GPT-2 reads two line breaks as one word at the end of a text, and as two before a word
+    encoded = encoded_by(pair, ONE)
+    assert encoded.ids[: len(prompt)] == prompt and learned(pair[0], encoded) == ["The answer is 42.<|eot_id|>"]
 
 
 def test_control_tokens_that_swallow_white_space_change_nothing_but_that():
@@ -484,7 +489,7 @@ def test_control_tokens_that_swallow_white_space_change_nothing_but_that():
 
 
 def test_offsets_without_leading_spaces_do_not_move_the_mask():
-    tokenizer = build(eos_token="<E>")
+    tokenizer = build(eos_token="<E>", special=CHATML_TOKENS)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     template = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
     pair = contracted(tokenizer, template=template + "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}")
@@ -500,7 +505,8 @@ def test_where_no_tokens_could_be_exact_the_row_is_refused():
     assert message.startswith(f"{ORIGIN}: a token reaches over where the answer ' x<|im_end|>")
 
 
-CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="▁<")
+# SmolLM2 lacks the bytes of control characters and rare planes, and drops them; "▁" is how SentencePiece writes a space.
+CHARACTERS = st.characters(max_codepoint=0x1FAFF, exclude_categories=["Cs", "Cc"], exclude_characters="▁<")
 TEXTS = st.text(CHARACTERS, max_size=12) | st.text(st.sampled_from(" \n\tab.é漢🙂"), max_size=12)
 TURNS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3)
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -567,13 +573,13 @@ def test_no_row_of_real_data_is_refused_but_where_the_template_cannot_show_its_t
     rows = [row for row in source.rows() if isinstance(row, Conversation)]
     assert len(rows) == num_rows
     for row in rows:
-        if row.tools and name == "smollm2":
-            assert "leaves out the tool" in refusal(encoded_by, pair, row.messages, row.tools)
+        encoded, problem = attempt(encode, pair[0], row.messages, row.tools, pair[1].stop_tokens[0], row.origin)
+        if encoded is None:
+            assert row.tools and name == "smollm2" and "the chat template leaves out the " in problem
             continue
-        ids, mask = (lambda e: (e.ids, e.trained))(encode(pair[0], row.messages, row.tools, pair[1].stop_tokens[0], row.origin))
         stop = pair[0].convert_tokens_to_ids(pair[1].stop_tokens[0])
         num_turns = sum(message["role"] == "assistant" for message in row.messages)
-        assert sum(token == stop and trained for token, trained in zip(ids, mask, strict=True)) == num_turns
+        assert sum(token == stop and trained for token, trained in zip(encoded.ids, encoded.trained, strict=True)) == num_turns
 
 
 # --- the default system prompt ------------------------------------------------------------------------------------------
@@ -594,8 +600,9 @@ AWKWARD = [
 @pytest.mark.parametrize("name", [None, "qwen2_5", "llama3"])
 def test_the_system_prompt_comes_first_where_a_conversation_brings_none(prompt, name):
     special = sorted(set(CONTROL.findall(TEMPLATES[name]))) if name else []
-    given_none = contracted(build(special=special, template=TEMPLATES.get(name or ""), eos_token="<E>"))
-    given_it = contracted(build(special=special, template=TEMPLATES.get(name or ""), eos_token="<E>"), system_prompt=prompt)
+    base = build(special=special, template=TEMPLATES.get(name or ""), bos_token="<B>", eos_token="<E>")
+    given_none = contracted(copy.deepcopy(base))
+    given_it = contracted(base, system_prompt=prompt)
     with_system = [{"role": "system", "content": prompt}, *TWO]
     for prompted in (False, True):
         expected = render(given_none[0], with_system, None, ORIGIN, add_generation_prompt=prompted)
@@ -654,7 +661,7 @@ def test_a_contract_changed_by_hand_is_refused(tmp_path, field, value):
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "{}", '{"digest": "x"}', '{"digest": "x", "template": "t", "other": 1}'])
 def test_what_is_no_contract_is_refused(tmp_path, text):
     (tmp_path / FILE).write_text(text)
-    assert "not a chat contract" in refusal(read_contract, tmp_path) or text == "null"
+    assert "not a chat contract" in refusal(read_contract, tmp_path)
 
 
 def test_a_tokenizer_that_left_its_contract_is_refused():

@@ -1,0 +1,53 @@
+"""The worker under another launcher: rank variables from the environment, nothing else but the stage directory."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from posttrain import ledger
+from posttrain.artifact import read_artifact
+from posttrain.config import read_pipeline
+from pipeline import _record, plan
+from tests.conftest import REPOSITORY, Ended, read_lines
+
+
+def test_torchrun_prepares_trains_and_verifies_within_one_launch(
+    posttrain: Callable[..., Ended], pipeline_file: Path, tmp_path: Path
+) -> None:
+    ended = posttrain("run", pipeline_file, "--root", tmp_path / "local", "--only", "sft")
+    assert ended.code == 0, ended.err
+    root = tmp_path / "torchrun"
+    node = plan(read_pipeline(pipeline_file), root)[0]
+    node.directory.mkdir(parents=True)
+    ledger.start_attempt(
+        node.directory,
+        stage=node.stage,
+        name=node.name,
+        run=node.run,
+        root=root,
+        fingerprint=node.fingerprint,
+        identity={},
+        config=node.config,
+        inputs={role: [_record(entry) for entry in entries] for role, entries in node.inputs.items()},
+        num_processes=2,
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "posttrain.worker"]
+    done = subprocess.run([*command, str(node.directory)], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert read_artifact(node.directory) is not None
+    losses = [[line["loss"] for line in read_lines(path / "test" / "sft" / "metrics.jsonl")] for path in (tmp_path / "local", root)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_directory_without_a_stage_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    environment = {**os.environ, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "posttrain.worker", str(tmp_path)], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
