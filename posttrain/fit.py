@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -257,10 +256,8 @@ def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: l
     if config.lora is not None:
         train_new_tokens(trainer.model, fitting.tokenizer, fitting.contract)
     with _signals(watch):
-        if last is None or last.step < num_steps:
-            trainer.train(resume_from_checkpoint=str(last.path) if last else None)
-        else:
-            raise UserError(f"{context.at}: the checkpoint of step {last.step} is the last; nothing is left to train")
+        # From the checkpoint of the last step this only loads it: what was cut off then was the publishing.
+        trainer.train(resume_from_checkpoint=str(last.path) if last else None)
     if watch.stopped:
         raise Preempted(f"{context.name} saved its state after step {trainer.state.global_step}")
     progress.phase("publish")
@@ -357,7 +354,3 @@ def _final_metrics(context: StageContext[Any], num_steps: int) -> dict[str, floa
         "tokens_per_s": speeds[len(speeds) // 2],
     }
 
-
-def drop_checkpoints(context: StageContext[Any]) -> None:
-    """Free the disk that resumable state takes, once the artifact of the stage is there."""
-    shutil.rmtree(context.checkpoints, ignore_errors=True)

@@ -12,6 +12,7 @@ live model, compare, and write `artifact.json`.
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -160,6 +161,7 @@ def _verify(attempt: Attempt, stage: Stage[Any], context: StageContext[Any]) -> 
         metrics=metrics,
         provenance={**provenance(attempt.started), "config": attempt.config, "num_processes": attempt.num_processes},
     )
+    shutil.rmtree(context.checkpoints, ignore_errors=True)  # resumable state of what need not be resumed
 
 
 def _report(context: StageContext[Any], attempt: Attempt, kind: str, message: str) -> None:

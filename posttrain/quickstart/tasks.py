@@ -153,11 +153,19 @@ def part_of(family: str, key: str) -> Part:
 
 
 def examples(part: Part, num: int, seed: int) -> list[Example]:
-    """`num` examples of one part, the families in turn. A prompt recurs only where a family has used all of them up."""
+    """`num` examples of one part, the families in turn, no prompt twice; a family whose prompts are used up drops out."""
     rng = random.Random(f"{part}-{seed}")
     seen: set[str] = set()
     families = list(FAMILIES.values())
-    return [_fresh(rng, families[i % len(families)], part, seen) for i in range(num)]
+    found: list[Example] = []
+    while len(found) < num:
+        family = families[len(found) % len(families)]
+        if e := _fresh(rng, family, part, seen):
+            found.append(e)
+            seen.add(e.prompt)
+        else:
+            families.remove(family)
+    return found
 
 
 def sft_rows(num: int, seed: int = 0) -> list[Row]:
@@ -267,17 +275,13 @@ _PROSE = (_about_list, _about_list, _about_sums, _about_opposites, _about_opposi
 # ---------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _fresh(rng: random.Random, family: Callable[..., Example], part: Part, seen: set[str]) -> Example:
-    """An example of the part whose prompt is new, or any of the part once hundreds of draws brought no new one."""
+def _fresh(rng: random.Random, family: Callable[..., Example], part: Part, seen: set[str]) -> Example | None:
+    """An example of the part whose prompt is new, or None where hundreds of draws brought none."""
     for _ in range(400):
-        e = family(rng)
+        e: Example = family(rng)
         if part_of(e.family, e.key) == part and e.prompt not in seen:
-            break
-    else:
-        while part_of(e.family, e.key) != part:
-            e = family(rng)
-    seen.add(e.prompt)
-    return e
+            return e
+    return None
 
 
 def _words(rng: random.Random, fewest: int, most: int) -> list[str]:

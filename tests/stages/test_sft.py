@@ -229,6 +229,31 @@ def test_a_rank_killed_in_training_resumes_to_the_very_same_weights(
     assert hash_file(cut / "output" / "model.safetensors") == hash_file(whole / "output" / "model.safetensors")
 
 
+def test_what_was_cut_off_while_publishing_is_published_without_training_again(
+    posttrain: Cli, pipeline_file: Path, tmp_path: Path, one_process: Path
+) -> None:
+    import threading
+    import time
+
+    stage = tmp_path / "test" / "sft"
+
+    def obstruct() -> None:
+        while not (stage / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        (stage / "output.partial").touch()  # where a directory is to be made
+
+    obstructor = threading.Thread(target=obstruct)
+    obstructor.start()
+    ended = posttrain("run", pipeline_file, "--root", tmp_path, "--only", "sft", *CONSTANT)
+    obstructor.join()
+    assert ended.code == 1
+    (stage / "output.partial").unlink()
+    ended = posttrain("run", pipeline_file, "--root", tmp_path, "--only", "sft", *CONSTANT)
+    assert ended.code == 0, ended.err
+    assert "resume: from the checkpoint of step 6" in ended.out
+    assert hash_file(stage / "output" / "model.safetensors") == hash_file(one_process / "output" / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
