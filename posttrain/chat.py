@@ -341,9 +341,9 @@ def _squeeze(text: str) -> str:
 def _tokenize(tokenizer: "PreTrainedTokenizerBase", text: str, spans: list[tuple[int, int]], stop: str, origin: str) -> Encoded:
     """Tokens of a text with those of `spans` trained, cut where inference cuts: a prompt is tokenized before its answer exists.
 
-    Where a token of the whole text would reach over the beginning of an answer, as two line breaks that are one token do,
-    prompt and answer are tokenized apart. Elsewhere that gives the tokens of the whole text, and so it is done as one: a
-    SentencePiece tokenizer begins every text with a space. What follows an answer is tokenized from the stop token on,
+    Where a prompt has other tokens alone than before its answer, as where two line breaks are one token, the two are
+    tokenized apart. Elsewhere that would give the tokens of the whole text, which are taken, since a SentencePiece
+    tokenizer puts a space before each text that it is given. What follows an answer is tokenized from the stop token on,
     over which no token reaches.
     """
     anchors = [0, *(end - len(stop) for _, end in spans)]

@@ -123,7 +123,9 @@ def measure(
     """This rank's share of a policy's results."""
     rank, world_size = context.rank, context.world_size
     progress.phase(f"load {given.name}")
-    model = load_policy(given.model, tokenizer, contract, f"{context.at}: {given.name}", dtype="auto" if device == "cuda" else torch.float32)
+    model = load_policy(
+        given.model, tokenizer, contract, f"{context.at}: {given.name}", dtype="auto" if device == "cuda" else torch.float32
+    )
     model.to(device).eval()  # type: ignore[arg-type]
     scored = [s for s in encoded.scored if s.row % world_size == rank]
     prompts = {row: ids for row, ids in encoded.prompts.items() if row % world_size == rank}
@@ -140,7 +142,9 @@ def measure(
         tick=progress.step,
     )
     for row, answer in zip(prompts, answers, strict=True):
-        results.append({"row": row, "measure": "answer", "answer": answer, "checks": [as_reference(check) for check in encoded.checks[row]]})
+        results.append(
+            {"row": row, "measure": "answer", "answer": answer, "checks": [as_reference(check) for check in encoded.checks[row]]}
+        )
     return results
 
 
@@ -212,7 +216,9 @@ def compare_policies(policies: Sequence[Policy], rows: Rows, *, confidence: floa
             metrics[f"{policy.name}.{name}"] = got.value
             cells.append(_cell(got, measured[baseline].get(name) if policy.name != baseline else None, confidence, seed))
         table_rows.append(cells)
-    notes = [f"in brackets: of {baseline} its interval, of the others the paired difference from {baseline} and its interval ({confidence:.0%})"]
+    notes = [
+        f"in brackets: of {baseline} its interval, of the others the paired difference from {baseline} and its interval ({confidence:.0%})"
+    ]
     if too_long := max(policy.num_too_long for policy in policies):
         notes.append(f"{too_long} of {len(rows.rows)} rows are over max_length and were left out")
     columns = ["metric", "rows", *(policy.name for policy in policies)]

@@ -114,7 +114,9 @@ def read_deepspeed(path: str, at: str) -> dict[str, Any]:
     if torch.cuda.is_available():
         return config
     if "optimizer" in config:
-        raise UserError(f"{at}.deepspeed: {path} names an optimizer, which DeepSpeed would have to compile on a CPU; remove it and set {at}.optim")
+        raise UserError(
+            f"{at}.deepspeed: {path} names an optimizer, which DeepSpeed would have to compile on a CPU; remove it and set {at}.optim"
+        )
     # Pinned memory is a notion of accelerators.
     zero = config.get("zero_optimization", {})
     for offload in ("offload_optimizer", "offload_param"):
@@ -306,9 +308,8 @@ class Watch(TrainerCallback):
         values["tokens_per_s"] = self.tokens / (now - self.since)
         self.tokens, self.since, self.loss = 0, now, values["loss"]
         if not math.isfinite(self.loss):
-            raise UserError(
-                f"{self.context.at}: the loss of step {state.global_step} is {self.loss}; lower {self.context.at}.learning_rate, or look at the data"
-            )
+            at = self.context.at
+            raise UserError(f"{at}: the loss of step {state.global_step} is {self.loss}; lower {at}.learning_rate, or look at the data")
         self.progress.metrics(state.global_step, {**values, "epoch": state.epoch})
         self.progress.step(state.global_step, loss=self.loss, tokens_per_s=values["tokens_per_s"])
 
@@ -353,4 +354,3 @@ def _final_metrics(context: StageContext[Any], num_steps: int) -> dict[str, floa
         "num_steps": num_steps,
         "tokens_per_s": speeds[len(speeds) // 2],
     }
-

@@ -49,7 +49,9 @@ def load_tokenizer(
     if own is not None:
         if template is not None or system_prompt is not None:
             field = "chat_template" if template is not None else "system_prompt"
-            raise UserError(f"{at}.{field}: {given.name} has a chat contract already, which must not change on the way; set it on the first stage")
+            raise UserError(
+                f"{at}.{field}: {given.name} has a chat contract already, which must not change on the way; set it on the first stage"
+            )
         check_contract(own, tokenizer, f"{at}: {given.name}")
         return tokenizer, own
     if contract is not None and tokenizer.chat_template is None:
@@ -68,7 +70,13 @@ def load_generation_config(source: ModelSource) -> GenerationConfig:
 
 
 def load_policy(
-    source: ModelSource, tokenizer: PreTrainedTokenizerBase, contract: ChatContract, at: str, *, dtype: Any, attn_implementation: str | None = None
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    contract: ChatContract,
+    at: str,
+    *,
+    dtype: Any,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model that knows every token of its contract, and stops where the contract says.
 
@@ -270,7 +278,9 @@ def verify_published(context: StageContext[Any]) -> dict[str, float]:
     drift = float((logits - live).abs().max() / live.std())
     coarsest = _coarsest(context, promised)
     if not drift <= TOLERANCE[coarsest]:
-        raise RuntimeError(f"{at}: logits differ by {drift:.2g} of their spread after reloading, over {TOLERANCE[coarsest]:g} for {coarsest}")
+        raise RuntimeError(
+            f"{at}: logits differ by {drift:.2g} of their spread after reloading, over {TOLERANCE[coarsest]:g} for {coarsest}"
+        )
     return {"handoff_logit_drift": drift}
 
 
@@ -283,7 +293,9 @@ def _verify_contract(output: Path, tokenizer: PreTrainedTokenizerBase, model: An
     if sorted(stops if isinstance(stops, list) else [stops]) != promised:
         raise RuntimeError(f"{at}: generation stops at token {stops}, but the chat contract says {promised}")
     if model.generation_config.pad_token_id != tokenizer.pad_token_id:
-        raise RuntimeError(f"{at}: generation pads with token {model.generation_config.pad_token_id}, the tokenizer with {tokenizer.pad_token_id}")
+        raise RuntimeError(
+            f"{at}: generation pads with token {model.generation_config.pad_token_id}, the tokenizer with {tokenizer.pad_token_id}"
+        )
 
 
 def _coarsest(context: StageContext[Any], tensors: dict[str, list[Any]]) -> torch.dtype:

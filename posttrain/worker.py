@@ -38,7 +38,9 @@ WAIT_FOR_PREPARE_S = 24 * 3600
 def worker(directory: Path, phase: Phase, rendezvous: Mapping[str, str]) -> None:
     """Run one phase in a process forked for it, with its output in the attempt's log; ends the process."""
     # A lone rank must not look like one of many: accelerate would wrap its model for a group of one.
-    os.environ.update(rendezvous if rendezvous["WORLD_SIZE"] != "1" else {name: rendezvous[name] for name in ("MASTER_ADDR", "MASTER_PORT")})
+    os.environ.update(
+        rendezvous if rendezvous["WORLD_SIZE"] != "1" else {name: rendezvous[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
+    )
     _end_with_driver()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver hears Ctrl-C too, and asks for a clean stop
     rank = int(rendezvous["RANK"])

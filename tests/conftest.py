@@ -72,7 +72,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
-    core.train_from_iterator(["what is the colour of the sky, and how many birds are there? the answer is blue, and there are"] * 4, trainer)
+    core.train_from_iterator(
+        ["what is the colour of the sky, and how many birds are there? the answer is blue, and there are"] * 4, trainer
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     torch.manual_seed(0)
     model = LlamaForCausalLM(

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.real
 
 REPOSITORY = Path(__file__).parent.parent
 MARK = "POSTTRAIN_TEST_MARK"
-NUM_STEPS = 120
+NUM_STEPS = 100
 END_WITHIN_S = 10.0
 """As long as ending may take; a machine that does other work besides is not what is tested."""
 START_WITHIN_S = 120.0

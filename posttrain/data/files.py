@@ -46,7 +46,7 @@ def open_hub(name: str, *, revision: str, subset: str | None, split: str) -> Rec
     datasets: Any = importlib.import_module("datasets")
     try:
         loaded = datasets.load_dataset(name, name=subset, split=split, revision=revision)
-    except Exception as error:  # noqa: BLE001 (its own errors, those of the HTTP client and plain ones share no base class)
+    except Exception as error:  # its own errors, those of the HTTP client and plain ones share no base class
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         raise UserError(
             f"{name} at {revision[:12]} cannot be loaded from the Hub; check id, subset, split and network ({reason})"

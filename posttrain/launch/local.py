@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 PRELOAD = ["__main__", "posttrain.warm"]
 POLL_S = 0.2
 STOP_WITHIN_S = 8.0
-"""How long ranks may take to save and stop after a signal, before they are killed."""
+"""How long ranks may take to save and stop after Ctrl-C or another rank's end, before they are killed."""
+SAVE_WITHIN_S = 60.0
+"""How long they may take when the driver itself was signalled, as schedulers do some time before they kill."""
 
 
 @contextmanager
@@ -72,7 +74,8 @@ def _run_phase(directory: Path, attempt: Attempt, phase: Phase, world_size: int,
             "MASTER_PORT": port,
         }
         ranks.append(context.Process(target=worker, args=(directory, phase, rendezvous), name=f"{attempt.name}:{phase}:{rank}"))
-    started = []
+    started: list[ForkServerProcess] = []
+    within_s = STOP_WITHIN_S
     try:
         for process in ranks:
             process.start()
@@ -80,20 +83,23 @@ def _run_phase(directory: Path, attempt: Attempt, phase: Phase, world_size: int,
         while all(process.exitcode in (None, 0) for process in ranks) and any(process.exitcode is None for process in ranks):
             connection.wait([process.sentinel for process in ranks if process.exitcode is None], timeout=POLL_S)
             watcher.show()
+    except Preempted:
+        within_s = SAVE_WITHIN_S
+        raise
     finally:
         # On every way out (a rank that failed, an interrupt, a signal) no process is left behind.
-        stopped = _stop(started)
+        stopped = _stop(started, within_s)
     _raise_failure(directory, attempt, ranks, stopped)
 
 
-def _stop(ranks: list[ForkServerProcess]) -> list[ForkServerProcess]:
+def _stop(ranks: list[ForkServerProcess], within_s: float) -> list[ForkServerProcess]:
     """Ask the ranks that are left to save and stop, and kill those that do not in time. Returns whom it asked."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     left = [process for process in ranks if process.exitcode is None]
     try:
         for process in left:
             process.terminate()
-        deadline = time.monotonic() + STOP_WITHIN_S
+        deadline = time.monotonic() + within_s
         for process in left:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.exitcode is None:

@@ -227,7 +227,7 @@ def final_number(text: str) -> Decimal | None:
         if MARKER in line and (marked := as_number(line.partition(MARKER)[2].strip().rstrip("."))) is not None:
             return marked
     found = None
-    for found in NUMBER.finditer(text):
+    for found in NUMBER.finditer(text):  # noqa: B007
         pass
     return _decimal(found) if found else None
 

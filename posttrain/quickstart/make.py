@@ -1,7 +1,7 @@
 """Makes what the quickstart starts from: its data, and its base language model, trained from scratch.
 
   python -m posttrain.quickstart.make data DIR      sft.jsonl pairs.jsonl heldout.jsonl heldout_pairs.jsonl, in a second
-  python -m posttrain.quickstart.make base DIR      a tokenizer and a Llama of about 0.9 M parameters, in about ten minutes on two cores
+  python -m posttrain.quickstart.make base DIR      a tokenizer and a Llama of about 0.9 M parameters, in about ten minutes on one core
 
 Both are shipped beside this file, so a user never has to run it. It is here because a base model that nobody can make
 again is a black box. The data are the same bytes on every machine; the weights differ in rounding from one machine to another.
@@ -28,7 +28,7 @@ BOS, EOS = "<s>", "</s>"
 VOCABULARY = 1024
 NUM_SFT_ROWS, NUM_PAIRS, NUM_HELDOUT, NUM_HELDOUT_PAIRS = 2400, 1600, 480, 200
 
-NUM_STEPS = 9000
+NUM_STEPS = 6000
 BATCH_DOCUMENTS = 16
 """Small on purpose: many small steps teach a small model to copy in half the tokens that large batches need."""
 NUM_DOCUMENTS = NUM_STEPS * BATCH_DOCUMENTS
@@ -148,7 +148,9 @@ def pretrain(model: "LlamaForCausalLM", data: "Iterator[tuple[torch.Tensor, torc
 
 def main() -> None:
     """`data DIR` or `base DIR`."""
-    parser = argparse.ArgumentParser(prog="python -m posttrain.quickstart.make", description="Make the quickstart's data or its base model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m posttrain.quickstart.make", description="Make the quickstart's data or its base model."
+    )
     parser.add_argument("what", choices=["data", "base"], help="what to make")
     parser.add_argument("directory", type=Path, help="where to write it")
     given = parser.parse_args()

@@ -20,24 +20,30 @@ from typing import Any, Literal
 Part = Literal["sft", "pairs", "heldout"]
 Row = dict[str, Any]
 
-NOUNS = "apple bear bell boat book bread cake corn cow cup dog drum duck egg fish frog goat hat horse king lamp lion milk moon nut pig".split()
-NOUNS += "rice rose ship snow star tree wolf wood".split()
-THINGS = "ball bell boat book box cup drum hat kite lamp ring shoe".split()
-COLORS = "black blue brown green pink red white".split()
-NAMES = "Ana Ben Eva Jon Leo Max Mia Paul Sam Tom".split()
-PLACES = "farm hill house lake park river road school".split()
-VERBS = "found lost saw left".split()
-ORDINALS = "first second third fourth fifth".split()
+
+def _split(text: str) -> list[str]:
+    return text.split()
+
+
+NOUNS = _split(
+    "apple bear bell boat book bread cake corn cow cup dog drum duck egg fish frog goat hat horse king lamp lion milk moon nut pig "
+    "rice rose ship snow star tree wolf wood"
+)
+THINGS = _split("ball bell boat book box cup drum hat kite lamp ring shoe")
+COLORS = _split("black blue brown green pink red white")
+NAMES = _split("Ana Ben Eva Jon Leo Max Mia Paul Sam Tom")
+PLACES = _split("farm hill house lake park river road school")
+VERBS = _split("found lost saw left")
+ORDINALS = _split("first second third fourth fifth")
 OPPOSITES = [
-    tuple(pair.split("-"))
-    for pair in (
+    pair.split("-")
+    for pair in _split(
         "hot-cold big-small up-down in-out day-night open-shut old-new fast-slow good-bad happy-sad high-low long-short wet-dry "
         "rich-poor hard-soft light-dark early-late full-empty strong-weak thick-thin true-false win-lose buy-sell give-take "
         "push-pull come-go love-hate start-end top-bottom near-far front-back before-after loud-quiet clean-dirty wide-narrow "
         "deep-shallow sharp-dull sweet-sour ask-tell laugh-cry"
-    ).split()
+    )
 ]
-
 CARELESS_SHARE = 0.7
 """How many of the instruction rows that ask for a form (JSON, at most three words) are answered without regard to it. SFT
 imitates what it is shown, so it learns that too; the preference pairs are what teaches to prefer the form asked for."""
@@ -75,7 +81,9 @@ def pick(rng: random.Random, about: Sequence[str] = ()) -> Example:
     words = list(about) or _words(rng, 3, 5)
     at = rng.randrange(len(words))
     listed = " ".join(words)
-    prompt = rng.choice([f"What is the {ORDINALS[at]} word of this list: {listed}", f"Look at this list: {listed}. Name the {ORDINALS[at]} word."])
+    prompt = rng.choice(
+        [f"What is the {ORDINALS[at]} word of this list: {listed}", f"Look at this list: {listed}. Name the {ORDINALS[at]} word."]
+    )
     others = [word for word in words if word != words[at]]
     return _exact("pick", f"{ORDINALS[at]} {listed}", prompt, words[at], [*others, f"{words[at]} {others[0]}"])
 
@@ -225,9 +233,7 @@ def _opposite_sheet(rng: random.Random) -> str:
 
 def _record_sheet(rng: random.Random) -> str:
     name, color, thing, other, other_color, other_thing = about = _owners(rng)
-    return "\n".join(
-        [_sheet(rng, [record], about, 1), _sheet(rng, [record], (other, other_color, other_thing, name, color, thing), 1)]
-    )
+    return "\n".join([_sheet(rng, [record], about, 1), _sheet(rng, [record], (other, other_color, other_thing, name, color, thing), 1)])
 
 
 def _story_sheet(rng: random.Random) -> str:
@@ -235,9 +241,10 @@ def _story_sheet(rng: random.Random) -> str:
 
 
 def _sheet(rng: random.Random, families: Sequence[Callable[..., Example]], about: Sequence[str], num: int) -> str:
-    """Exercises with their solutions, one a line; a held-out one is left out."""
+    """Exercises with their solutions, sometimes as a script that names who answers; a held-out one is left out."""
     asked = [family(rng, about) for family in rng.sample(families, num)]
-    return "\n".join(f"{e.prompt}\n{e.answer}" for e in asked if part_of(e.family, e.key) != "heldout")
+    speaker = f"{rng.choice([*NAMES, 'assistant', 'assistant'])}\n" if rng.random() < 0.5 else ""
+    return "\n".join(f"{e.prompt}\n{speaker}{e.answer}" for e in asked if part_of(e.family, e.key) != "heldout")
 
 
 def _about_list(rng: random.Random) -> str:
@@ -253,7 +260,9 @@ def _about_sums(rng: random.Random) -> str:
 
 def _about_opposites(rng: random.Random) -> str:
     told = [opposite(rng) for _ in range(4)]
-    return " ".join(rng.choice([f"The opposite of {e.key} is {e.answer}.", f"Opposite of {e.key}:\n{e.answer}\n"]) for e in told)
+    speaker = rng.choice([*NAMES, "assistant"])
+    forms = ("The opposite of {} is {}.", "Opposite of {}:\n{}\n", f"Opposite of {{}}?\n{speaker}\n{{}}\n")
+    return " ".join(rng.choice(forms).format(e.key, e.answer) for e in told)
 
 
 def _about_people(rng: random.Random) -> str:
@@ -264,7 +273,10 @@ def _about_people(rng: random.Random) -> str:
 
 def _about_talk(rng: random.Random) -> str:
     name, thing = rng.choice(NAMES), rng.choice(NOUNS)
-    told = [f"The user asks about the {thing} and the assistant\nanswers.", f"An assistant helps the user\n{name} to write about the {thing}."]
+    told = [
+        f"The user asks about the {thing} and the assistant\nanswers.",
+        f"An assistant helps the user\n{name} to write about the {thing}.",
+    ]
     return rng.choice(told)
 
 

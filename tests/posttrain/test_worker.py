@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import _record, plan
 from posttrain import ledger
 from posttrain.artifact import read_artifact
 from posttrain.config import read_pipeline
-from pipeline import _record, plan
 from tests.conftest import REPOSITORY, Ended, read_lines
 
 
@@ -46,7 +46,12 @@ def test_torchrun_prepares_trains_and_verifies_within_one_launch(
 def test_a_directory_without_a_stage_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     environment = {**os.environ, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "posttrain.worker", str(tmp_path)], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "posttrain.worker", str(tmp_path)],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

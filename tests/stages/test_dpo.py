@@ -101,7 +101,13 @@ def test_ranks_and_micro_batches_change_no_loss(posttrain: Cli, pipeline_file: P
 def test_every_loss_type_of_trl_trains(posttrain: Cli, pipeline_file: Path, tmp_path: Path) -> None:
     every = ", ".join(get_args(LossType))
     stage = run(
-        posttrain, pipeline_file, tmp_path, *FROM_BASE, f"stages.dpo.loss_type=[{every}]", "stages.dpo.label_smoothing=0.1", "stages.dpo.max_steps=2"
+        posttrain,
+        pipeline_file,
+        tmp_path,
+        *FROM_BASE,
+        f"stages.dpo.loss_type=[{every}]",
+        "stages.dpo.label_smoothing=0.1",
+        "stages.dpo.max_steps=2",
     )
     assert all(math.isfinite(loss) for loss in losses(stage))
 

@@ -18,7 +18,7 @@ Cli = Callable[..., Ended]
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """Filled by the first test that needs it: the directory of a run of the whole chain."""
-    yield {}
+    return {}
 
 
 @pytest.fixture
@@ -28,7 +28,10 @@ def checked_file(tmp_path: Path) -> Path:
     always = {"kind": "length_limits", "max_words": 1000}
     never = {"kind": "exact_answer", "answer": "no model ever says this"}
     rows = [
-        {"messages": [{"role": "user", "content": f"how many birds? {n}"}, {"role": "assistant", "content": f"there are {n}"}], "checks": checks}
+        {
+            "messages": [{"role": "user", "content": f"how many birds? {n}"}, {"role": "assistant", "content": f"there are {n}"}],
+            "checks": checks,
+        }
         for n, checks in enumerate([[always], [always], [never], [always, never]])
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -145,7 +148,7 @@ def test_a_check_that_cannot_be_made_is_refused_before_a_model_is_loaded(
 ) -> None:
     data = tmp_path / "checked.jsonl"
     data.write_text(json.dumps(row) + "\n")
-    inputs = f"stages.eval.inputs={{policies: base, data: chat}}"
+    inputs = "stages.eval.inputs={policies: base, data: chat}"
     ended = posttrain("run", pipeline_file, "--root", tmp_path / "runs", "--only", "eval", inputs, f"sources.chat.data={data}")
     assert ended.code == 2
     assert "checked.jsonl:1: checks[0]" in ended.err

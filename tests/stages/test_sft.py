@@ -32,7 +32,7 @@ def losses(stage: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """Filled by the first test that needs it: the stage trained by one process."""
-    yield {}
+    return {}
 
 
 @pytest.fixture
@@ -106,7 +106,9 @@ def test_where_and_how_fast_it_trains_changes_no_loss(
 ) -> None:
     stage = run_sft(posttrain, pipeline_file, tmp_path / "runs", *CONSTANT, *overrides)
     assert losses(stage) == pytest.approx(losses(one_process), rel=1e-4)
-    assert read_json(stage / "artifact.json")["payload"]["fingerprint"] == read_json(one_process / "artifact.json")["payload"]["fingerprint"]
+    assert (
+        read_json(stage / "artifact.json")["payload"]["fingerprint"] == read_json(one_process / "artifact.json")["payload"]["fingerprint"]
+    )
     reloaded = AutoModelForCausalLM.from_pretrained(stage / "output").state_dict()
     expected = AutoModelForCausalLM.from_pretrained(one_process / "output").state_dict()
     for name, tensor in expected.items():
@@ -203,7 +205,12 @@ def test_a_rank_killed_in_training_resumes_to_the_very_same_weights(
     import time
     from multiprocessing import active_children
 
-    options = ("stages.sft.num_train_epochs=12", "stages.sft.save_steps=4", "stages.sft.lora={lora_dropout: 0.2}", "launcher.num_processes=2")
+    options = (
+        "stages.sft.num_train_epochs=12",
+        "stages.sft.save_steps=4",
+        "stages.sft.lora={lora_dropout: 0.2}",
+        "launcher.num_processes=2",
+    )
     whole = run_sft(posttrain, pipeline_file, tmp_path / "whole", *options)
     root = tmp_path / "cut"
     metrics = root / "test" / "sft" / "metrics.jsonl"
