@@ -597,10 +597,12 @@ def _show_results(console: "Console", selected: Sequence[Node], config: Path, ov
         report = node.directory / artifact.OUTPUT / "table.json"
         if node.stage.output == "report" and report.is_file():
             content = disk.read_json(report)
-            table = _table(*content["columns"], title=content["title"])
+            table = _table(*content["columns"])
             for row in content["rows"]:
                 table.add_row(*row)
             console.print(table)
+            for note in content["notes"]:
+                console.print(note, highlight=False, soft_wrap=True)
     policies = [node.name for node in selected if node.stage.output == "policy"]
     if policies:
         again = " ".join([str(config), *overrides])
@@ -614,11 +616,11 @@ def _console() -> "Console":
     return Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=10_000, no_color=True)
 
 
-def _table(*columns: str, title: str | None = None) -> "Table":
+def _table(*columns: str) -> "Table":
     from rich import box
     from rich.table import Table
 
-    return Table(*columns, title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    return Table(*columns, box=box.SIMPLE_HEAD)
 
 
 def _coloured(action: str) -> "Text":

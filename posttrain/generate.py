@@ -91,8 +91,11 @@ def chat(directory: Path, *, name: str, prompt: str | None) -> None:
         if text == "/new":
             messages = []
             continue
-        messages.append({"role": "user", "content": text})
-        messages.append({"role": "assistant", "content": _reply(model, tokenizer, contract, messages)})
+        try:
+            asked = [*messages, {"role": "user", "content": text}]
+            messages = [*asked, {"role": "assistant", "content": _reply(model, tokenizer, contract, asked)}]
+        except UserError as error:
+            print(error)
 
 
 def _reply(model: Any, tokenizer: PreTrainedTokenizerBase, contract: ChatContract, messages: list[dict[str, str]]) -> str:
