@@ -75,7 +75,8 @@ def check_trainer_fields(config: TrainingConfig, arguments_class: type[Any], at:
         if name not in known:
             raise UserError(f"{where}: {arguments_class.__name__} has no such field; {nearest(name, sorted(known))}")
         if not _fits(value, hints[name]):
-            raise UserError(f"{where}: {value!r} is no {hints[name]}; see {arguments_class.__name__}")
+            kind = getattr(hints[name], "__name__", None) if not get_args(hints[name]) else None
+            raise UserError(f"{where}: {value!r} is no {kind or str(hints[name]).replace('typing.', '')}; see {arguments_class.__name__}")
 
 
 def _fits(value: object, hint: Any) -> bool:
@@ -132,10 +133,24 @@ def open_fitting(context: StageContext[Any], arguments_class: type[Any], role: s
     progress.phase("load model")
     given = context.input(role)
     tokenizer, contract = load_tokenizer(given, context.at, chat_template=config.chat_template, system_prompt=config.system_prompt)
-    arguments = _arguments(context, arguments_class, fields)  # before the model: ZeRO-3 shards it while it loads
+    try:
+        arguments = _arguments(context, arguments_class, fields)  # before the model: ZeRO-3 shards it while it loads
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"{context.at}: {arguments_class.__name__} refuses its settings: {' '.join(str(error).split())[:300]}") from error
     dtype = torch.bfloat16 if config.lora and config.uses_bf16 else torch.float32
     model = load_policy(given.model, tokenizer, contract, context.at, dtype=dtype, attn_implementation=config.attn_implementation)
+    if config.lora is not None:
+        _check_targets(model, config.lora.target_modules, context.at)
     return Fitting(model, tokenizer, contract, arguments, _peft_config(config))
+
+
+def _check_targets(model: PreTrainedModel, targets: str | list[str], at: str) -> None:
+    if targets == "all-linear":
+        return
+    known = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for target in [targets] if isinstance(targets, str) else targets:
+        if target.rpartition(".")[2] not in known:
+            raise UserError(f"{at}.lora.target_modules: {target!r} is no linear module of the model; {nearest(target, sorted(known))}")
 
 
 def _arguments(context: StageContext[Any], arguments_class: type[Any], fields: dict[str, Any]) -> Any:
@@ -307,9 +322,12 @@ class Watch(TrainerCallback):
         now = time.monotonic()
         values["tokens_per_s"] = self.tokens / (now - self.since)
         self.tokens, self.since, self.loss = 0, now, values["loss"]
-        if not math.isfinite(self.loss):
-            at = self.context.at
-            raise UserError(f"{at}: the loss of step {state.global_step} is {self.loss}; lower {at}.learning_rate, or look at the data")
+        for what in ("loss", "grad_norm"):
+            if not math.isfinite(values.get(what, 0.0)):
+                at = self.context.at
+                raise UserError(
+                    f"{at}: {what} of step {state.global_step} is {values[what]}; lower {at}.learning_rate, or look at the data"
+                )
         self.progress.metrics(state.global_step, {**values, "epoch": state.epoch})
         self.progress.step(state.global_step, loss=self.loss, tokens_per_s=values["tokens_per_s"])
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -83,17 +84,23 @@ def load_policy(
     `dtype` is a torch type or `auto`, the stored one. Under DeepSpeed ZeRO-3 the weights are sharded while they are read.
     """
     with _explain(source, at):
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.model,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             dtype=dtype,
             attn_implementation=attn_implementation,
             use_safetensors=True,
+            output_loading_info=True,
+        )
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"{at}: {source.model} has no weights for {missing[0]}, one of {len(missing)}; its config.json promises more than is there"
         )
     _add_tokens(model, tokenizer, contract)
     apply_to_generation(contract, tokenizer, model)
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def stored_dtype(source: ModelSource) -> torch.dtype:
@@ -205,8 +212,9 @@ def publish(
     if hasattr(model, "peft_config"):
         model, state = _merge(context, model, state, tokenizer, contract, given)
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    model.config.dtype = dtype
     model.save_pretrained(context.output, state_dict=state)
+    model.config.dtype = dtype  # after the weights: saving them writes down the type they were trained in
+    model.config.save_pretrained(context.output)
     tokenizer.save_pretrained(context.output)
     contract.save(context.output)
     disk.write_json(context.directory / PUBLISHED_FILE, {"tensors": {name: _describe(tensor) for name, tensor in state.items()}})
@@ -332,6 +340,6 @@ def _explain(source: ModelSource, at: str) -> Iterator[None]:
     """One line for the user where transformers cannot load what a source names."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{at}: {source.model} cannot be loaded as a causal language model: {reason}") from error

@@ -1,10 +1,10 @@
 """The config fields that all training stages share, by the names that transformers, TRL and peft give them."""
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from posttrain.config import Config
+from posttrain.config import INPUT_FILE, Config
 from posttrain.error import UserError
 from posttrain.stage import StageConfig
 
@@ -72,11 +72,11 @@ class TrainingConfig(StageConfig, TrainingExecution):
     """Optimizer, by the name that transformers gives it."""
     bf16: bool | None = None
     """Mixed precision in bfloat16; by default wherever a GPU supports it, and fp32 on a CPU."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the order of samples, of dropout and of new weights."""
     lora: LoraRecipe | None = None
     """Train adapters instead of all weights: `{}` for the defaults. The merged model is published, the adapter beside it."""
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, INPUT_FILE] = None
     """Jinja file to use instead of the model's own template; a model that has none gets ChatML."""
     system_prompt: str | None = None
     """System prompt of conversations that bring none."""
@@ -96,7 +96,7 @@ class TrainingConfig(StageConfig, TrainingExecution):
         """Refuse a global batch that the ranks cannot share equally."""
         if self.global_batch_size % num_processes:
             lower = self.global_batch_size // num_processes * num_processes
+            can = f"{lower} or {lower + num_processes}" if lower else str(num_processes)
             raise UserError(
-                f"{at}.global_batch_size: {self.global_batch_size} samples cannot be divided among {num_processes} processes; "
-                f"{lower or num_processes} or {lower + num_processes} can"
+                f"{at}.global_batch_size: {self.global_batch_size} samples cannot be divided among {num_processes} processes; {can} can"
             )

@@ -3,11 +3,21 @@
 Imported by nothing else. An import that fails here fails again, with its traceback, in the stage that needs it.
 """
 
+import ctypes
 import os
+import signal
+import sys
 import threading
 from pathlib import Path
 
-import tqdm
+PR_SET_PDEATHSIG = 1
+if sys.platform == "linux":
+    # While it imports, the warm parent cannot see that the driver is gone; afterwards it does.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.environ.get("POSTTRAIN_DRIVER") != str(os.getppid()):
+        os._exit(0)
+
+import tqdm  # noqa: E402
 
 if not Path("/proc/driver/nvidia").exists():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed a search for accelerators, and its warning
@@ -27,3 +37,6 @@ import posttrain.evaluate  # noqa: E402
 import posttrain.fit  # noqa: E402
 import posttrain.generate  # noqa: E402
 import posttrain.models  # noqa: E402, F401
+
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 0)  # from here on it ends in order, and takes its semaphores down

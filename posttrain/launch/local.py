@@ -21,7 +21,6 @@ from posttrain.artifact import FILE as ARTIFACT_FILE
 from posttrain.artifact import OUTPUT
 from posttrain.error import EXIT_PREEMPTED, Preempted, StageFailed, UserError
 from posttrain.ledger import Attempt
-from posttrain.progress import FILE as PROGRESS_FILE
 from posttrain.progress import Watcher
 from posttrain.worker import ERROR_FILE, Phase, worker
 
@@ -44,11 +43,20 @@ def local_launcher(console: "Console") -> Iterator[Callable[[Path, Attempt], Non
     # Libraries that start threads at import would have them in the parent, where a fork loses them.
     # Threads that wait by spinning take the core from whatever else runs here, and from the very thread they wait for.
     wait = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
-    with _environment(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", OMP_WAIT_POLICY=wait, TOKENIZERS_PARALLELISM="false"):
-        forkserver.ensure_running()
+    with _environment(
+        OPENBLAS_NUM_THREADS="1",
+        OMP_NUM_THREADS="1",
+        OMP_WAIT_POLICY=wait,
+        TOKENIZERS_PARALLELISM="false",
+        POSTTRAIN_DRIVER=str(os.getpid()),
+    ):
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver to hear, and the parent inherits this
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def launch(directory: Path, attempt: Attempt) -> None:
-        (directory / PROGRESS_FILE).unlink(missing_ok=True)  # an earlier attempt's would be shown as this one's
         with Watcher(directory, attempt.name, console) as watcher:
             if not (directory / OUTPUT).is_dir():
                 _run_phase(directory, attempt, "prepare", 1, watcher)

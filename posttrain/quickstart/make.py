@@ -28,7 +28,7 @@ BOS, EOS = "<s>", "</s>"
 VOCABULARY = 1024
 NUM_SFT_ROWS, NUM_PAIRS, NUM_HELDOUT, NUM_HELDOUT_PAIRS = 2400, 1600, 480, 200
 
-NUM_STEPS = 6000
+NUM_STEPS = 10_000
 BATCH_DOCUMENTS = 16
 """Small on purpose: many small steps teach a small model to copy in half the tokens that large batches need."""
 NUM_DOCUMENTS = NUM_STEPS * BATCH_DOCUMENTS

@@ -215,7 +215,7 @@ def corpus(num: int, seed: int = 0) -> Iterator[str]:
 
 
 def _list_sheet(rng: random.Random) -> str:
-    words = _words(rng, 3, 5)
+    words = _words(rng, 2, 5)
     return _sheet(rng, [reverse, pick, reverse, pick, count], words, 4)
 
 
