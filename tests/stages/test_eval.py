@@ -133,7 +133,7 @@ def test_rows_over_the_limit_are_left_out_and_counted(posttrain: Cli, pipeline_f
     base = ("--only", "eval", "stages.eval.inputs={policies: base, data: chat}", "stages.eval.max_length=70")
     ended = posttrain("run", pipeline_file, "--root", tmp_path, *base)
     assert ended.code == 0, ended.err
-    assert "of 24 rows over max_length were left out" in ended.out
+    assert "of 24 rows are over max_length and were left out" in ended.out
 
 
 @pytest.mark.parametrize(
