@@ -16,8 +16,9 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.chat import ChatContract, encode, encode_prompt, read_contract
-from posttrain.data.prepared import encode_pair, rows_of
+from posttrain.data.prepared import describe_formats, encode_pair
 from posttrain.data.rows import Conversation, Pair
+from posttrain.data.source import open_source
 from posttrain.error import UserError
 from posttrain.generate import answer_all
 from posttrain.metrics.check import Check, as_reference, read_checks
@@ -58,6 +59,8 @@ class Rows:
 
     rows: list[Conversation | Pair]
     checks: list[list[Check]]
+    summary: list[str]
+    """Lines that say what will be measured on."""
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, contract: ChatContract, max_length: int) -> Encoded:
         """The rows as tokens. A conversation is scored up to its end; one with checks is answered from its last question."""
@@ -99,9 +102,16 @@ class Policy:
 
 def read_rows(context: StageContext[Any]) -> Rows:
     """The rows of all data inputs, with their checks validated. Raises `UserError`."""
-    rows = [row for given in context.inputs["data"] for row in rows_of(context, given)]
+    rows: list[Conversation | Pair] = []
+    summary = []
+    for given in context.inputs["data"]:
+        source = open_source(given.data, f"{context.at}: {given.name}")
+        before = len(rows)
+        rows.extend(source.rows())
+        summary += [f"{given.name}: {entry}" for entry in describe_formats(source)]
+        summary.append(f"{given.name}: {len(rows) - before:,} rows" + (f", {len(source.invalid):,} do not fit" if source.invalid else ""))
     checks: list[list[Check]] = [read_checks(row.checks, row.origin) if isinstance(row, Conversation) else [] for row in rows]
-    return Rows(rows, checks)
+    return Rows(rows, checks, summary)
 
 
 def open_contracts(context: StageContext[Any]) -> list[tuple[PreTrainedTokenizerBase, ChatContract]]:

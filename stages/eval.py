@@ -34,9 +34,11 @@ class EvalConfig(StageConfig):
 
 def prepare(context: StageContext[EvalConfig]) -> None:
     """Check that every policy renders every row, and that every check can be made; no model, no process group."""
+    from posttrain.data.prepared import write_summary
     from posttrain.evaluate import open_contracts, read_rows
 
     rows = read_rows(context)
+    write_summary(context, rows.summary)
     for tokenizer, contract in open_contracts(context):
         rows.encode(tokenizer, contract, context.config.max_length)
 

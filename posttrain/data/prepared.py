@@ -6,7 +6,7 @@ directory without its manifest, which is written last, is never read.
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain import disk
 from posttrain.chat import ChatContract, encode
 from posttrain.data.rows import Conversation, Message, Pair, Row
-from posttrain.data.source import open_source
+from posttrain.data.source import OpenSource, open_source
 from posttrain.error import UserError
 from posttrain.stage import Input, StageContext
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Raised when the same rows give other tokens or masks than before."""
+FILE = "prepared.json"
 IGNORED = -100
 """Label of a token that is not trained, as transformers has it."""
 
@@ -38,6 +39,21 @@ class Prepared:
     num_trained_tokens: int
     num_dropped: int
     num_truncated: int
+    num_invalid: int
+    formats: list[str]
+    """How each file was read, and whether its columns told or the config."""
+    first_invalid: str | None
+    """What was wrong with the first row that was left out because it does not fit its format."""
+
+    def describe(self, name: str) -> list[str]:
+        """Lines that say what will be trained on."""
+        lines = [f"{name}: {entry}" for entry in self.formats]
+        lines.append(f"{name}: {self.num_rows:,} rows, {self.num_tokens:,} tokens, {self.num_trained_tokens:,} of them trained")
+        if self.num_truncated or self.num_dropped:
+            lines.append(f"{name}: over max_length: {self.num_truncated:,} rows cut, {self.num_dropped:,} left out")
+        if self.num_invalid:
+            lines.append(f"{name}: {self.num_invalid:,} rows left out that do not fit; the first: {self.first_invalid}")
+        return lines
 
     def load(self) -> "Dataset":
         """The rows, mapped from disk."""
@@ -74,13 +90,19 @@ def prepare(context: StageContext[Any], given: Input, encoder: Encoder, key: dic
     path = context.root / ".prepared" / digest[:32]
     if not (path / "manifest.json").is_file():
         _encode_all(context, given, encoder, path)
-    disk.write_json(context.directory / "prepared.json", {"path": str(path)})
-    return read_prepared(context)
+    prepared = Prepared(path, **disk.read_json(path / "manifest.json"))
+    write_summary(context, prepared.describe(given.name), path)
+    return prepared
+
+
+def write_summary(context: StageContext[Any], lines: list[str], path: Path | None = None) -> None:
+    """Leave in the stage directory what the user is to be told of the data, and where they lie prepared."""
+    disk.write_json(context.directory / FILE, {"path": str(path) if path else None, "summary": lines})
 
 
 def read_prepared(context: StageContext[Any]) -> Prepared:
     """What `prepare` made for this stage."""
-    path = Path(disk.read_json(context.directory / "prepared.json")["path"])
+    path = Path(disk.read_json(context.directory / FILE)["path"])
     return Prepared(path, **disk.read_json(path / "manifest.json"))
 
 
@@ -88,8 +110,6 @@ def _encode_all(context: StageContext[Any], given: Input, encoder: Encoder, path
     from datasets import Dataset
 
     source = open_source(given.data, f"{context.at}: {given.name}")
-    for entry in source.entries:
-        print(f"{given.name}: {entry.path} is {entry.format}{' (read off its columns)' if entry.detected else ''}", flush=True)
     rows, num_dropped = [], 0
     for row in source.rows():
         encoded = encoder.encode(row)
@@ -97,11 +117,6 @@ def _encode_all(context: StageContext[Any], given: Input, encoder: Encoder, path
             num_dropped += 1
         else:
             rows.append(encoded)
-    if source.invalid:
-        print(
-            f"{given.name}: {len(source.invalid)} rows left out that do not fit; the first: {next(iter(source.invalid.values()))}",
-            flush=True,
-        )
     if not rows:
         raise UserError(f"{context.at}: no row of {given.name} is left to train on: {num_dropped} are over max_length; raise it")
     columns = {name: [row.columns[name] for row in rows] for name in rows[0].columns}
@@ -111,6 +126,9 @@ def _encode_all(context: StageContext[Any], given: Input, encoder: Encoder, path
         "num_trained_tokens": sum(row.num_trained for row in rows),
         "num_dropped": num_dropped,
         "num_truncated": sum(row.truncated for row in rows),
+        "num_invalid": len(source.invalid),
+        "formats": describe_formats(source),
+        "first_invalid": next(iter(source.invalid.values()), None),
     }
     aside = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     aside.mkdir(parents=True)
@@ -126,7 +144,11 @@ def _encode_all(context: StageContext[Any], given: Input, encoder: Encoder, path
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    print(f"{given.name}: {manifest}", flush=True)
+
+
+def describe_formats(source: OpenSource) -> list[str]:
+    """How each entry of a source is read."""
+    return [f"{entry.path} is {entry.format}" + (", as its columns tell" if entry.detected else "") for entry in source.entries]
 
 
 def conversation_encoder(
@@ -218,9 +240,3 @@ def _overflows(length: int, max_length: int, on_overflow: str, origin: str, at: 
             f"{origin}: {length} tokens, over {at}.max_length: {max_length}; raise it, or set {at}.on_overflow to drop or truncate"
         )
     return on_overflow == "drop"
-
-
-def rows_of(context: StageContext[Any], given: Input) -> Iterator[Row]:
-    """The rows of an input as they stand in the data."""
-    rows: Iterable[Row] = open_source(given.data, f"{context.at}: {given.name}").rows()
-    yield from rows

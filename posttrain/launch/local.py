@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PRELOAD = ["__main__", "posttrain.warm"]
+PREPARED_FILE = "prepared.json"
 POLL_S = 0.2
 STOP_WITHIN_S = 8.0
 """How long ranks may take to save and stop after Ctrl-C or another rank's end, before they are killed."""
@@ -60,12 +61,19 @@ def local_launcher(console: "Console") -> Iterator[Callable[[Path, Attempt], Non
         with Watcher(directory, attempt.name, console) as watcher:
             if not (directory / OUTPUT).is_dir():
                 _run_phase(directory, attempt, "prepare", 1, watcher)
+                _tell_summary(directory, console)
                 _run_phase(directory, attempt, "run", attempt.num_processes, watcher)
             _run_phase(directory, attempt, "verify", 1, watcher)
         if not (directory / ARTIFACT_FILE).is_file():
             raise StageFailed(f"stages.{attempt.name}: ended without an artifact; its logs are in {_logs(directory, attempt)}")
 
     yield launch
+
+
+def _tell_summary(directory: Path, console: "Console") -> None:
+    """Print what the stage's preparation found out about its data."""
+    for line in (disk.read_json(directory / PREPARED_FILE) or {}).get("summary", []):
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _run_phase(directory: Path, attempt: Attempt, phase: Phase, world_size: int, watcher: Watcher) -> None:

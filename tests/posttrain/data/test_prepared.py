@@ -30,7 +30,6 @@ from posttrain.data.prepared import (
     pair_encoder,
     prepare,
     read_prepared,
-    rows_of,
 )
 from posttrain.data.rows import Conversation, Pair, Row
 from posttrain.data.source import open_source
@@ -247,9 +246,15 @@ def test_what_is_prepared_is_found_in_order_with_its_numbers(tmp_path, chat):
     made = prepare(context_in(tmp_path), chat, encoder, {"kind": "x"})
     assert made == read_prepared(context_in(tmp_path))
     lengths = [FRAME + 2 + 5, FRAME + 2 + 6, FRAME + 2 + 4]
-    assert made == Prepared(made.path, 3, sum(lengths), 4 + 6 + 3, 0, 1)
+    said = f"{tmp_path / 'chat.jsonl'} is prompt_completion, as its columns tell"
+    assert made == Prepared(made.path, 3, sum(lengths), 4 + 6 + 3, 0, 1, 0, [said], None)
+    assert made.describe("chat") == [
+        f"chat: {said}",
+        f"chat: 3 rows, {sum(lengths)} tokens, 13 of them trained",
+        "chat: over max_length: 1 rows cut, 0 left out",
+    ]
     rows = made.load()
-    expected = [encoder.encode(row) for row in rows_of(context_in(tmp_path), chat)]
+    expected = [encoder.encode(row) for row in open_source(chat.data, "chat").rows()]
     assert rows["length"] == lengths
     assert [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows] == [row.columns for row in expected if row]
 
