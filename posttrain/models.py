@@ -30,8 +30,9 @@ ADAPTER = "adapter"
 PROBE_TOKENS = 48
 """Length of the probe rows; logits are kept for their last positions."""
 PROBE_KEPT = 8
-TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
-"""Largest difference of a logit after the hand-off, as a share of the spread of all logits, by the coarsest type involved."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Allowed root mean square difference of the logits after the hand-off, in standard deviations of all logits, by the
+coarsest type involved. Rounding a 135 M model to bfloat16, and running it so, gives 0.015; another head gives above 1."""
 
 
 def load_tokenizer(
@@ -260,7 +261,7 @@ def _probe(forward: torch.nn.Module, model: PreTrainedModel, ids: list[list[int]
 def verify_published(context: StageContext[Any]) -> dict[str, float]:
     """Reload the stage's output as any user would, and compare it with the live model. Raises `UserError` on a mismatch.
 
-    Returns the largest difference of a probe logit, as a share of the spread of all logits.
+    Returns the root mean square difference of the probe logits, in standard deviations of all logits.
     """
     output = context.directory / OUTPUT
     at = f"{context.at}: {output}"
@@ -283,7 +284,7 @@ def verify_published(context: StageContext[Any]) -> dict[str, float]:
     live = probe["logits"]
     if logits.shape != live.shape:
         raise RuntimeError(f"{at}: logits have shape {tuple(logits.shape)} after reloading, and had {tuple(live.shape)}")
-    drift = float((logits - live).abs().max() / live.std())
+    drift = float((logits - live).square().mean().sqrt() / live.std())
     coarsest = _coarsest(context, promised)
     if not drift <= TOLERANCE[coarsest]:
         raise RuntimeError(
