@@ -44,7 +44,7 @@ OPPOSITES = [
         "deep-shallow sharp-dull sweet-sour ask-tell laugh-cry"
     )
 ]
-CARELESS_SHARE = 0.7
+CARELESS_SHARE = 0.6
 """How many of the instruction rows that ask for a form (JSON, at most three words) are answered without regard to it. SFT
 imitates what it is shown, so it learns that too; the preference pairs are what teaches to prefer the form asked for."""
 
