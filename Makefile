@@ -5,6 +5,7 @@ BIN := .venv/bin
 READY := .venv/ready
 ROOT ?= runs
 export HF_HUB_OFFLINE ?= 1
+export UV_SYSTEM_CERTS ?= 1
 
 .PHONY: setup quickstart quickstart-short test check pins clean
 
