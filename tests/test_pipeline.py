@@ -1,5 +1,6 @@
 """The runner decides from what is on disk alone, and does no more than it decided. Stages are built by a stand-in: no model is trained."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -326,7 +327,7 @@ def test_another_kind_of_stage_with_the_same_fields_is_drift(project: Project) -
 def test_another_version_of_a_stage_is_drift(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.run()
     stage = load_stage("dpo", "")
-    monkeypatch.setattr("stages.dpo.STAGE", type(stage)(**{**vars(stage), "version": 2}))
+    monkeypatch.setattr("stages.dpo.STAGE", dataclasses.replace(stage, version=2))
     assert "stage dpo went from version 1 to 2" in project.rows()["dpo"]["why"]
 
 

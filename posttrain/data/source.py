@@ -192,9 +192,6 @@ def _first(source: DataSource, path: str, at: str) -> Record:
 
 
 def _check_settings(source: DataSource, at: str) -> None:
-    for weight in source.weights or []:
-        if not math.isfinite(weight):
-            raise UserError(f"{at}: weights: {weight} is no share; give a finite number above 0")
     for_hub = [key for key, default in (("subset", None), ("split", "train")) if getattr(source, key) != default]
     if for_hub and not any(is_hub_id(path.partition("@")[0]) for path in source.paths):
         raise UserError(f"{at}: {for_hub[0]}: {show(getattr(source, for_hub[0]))} has no effect on local files; leave it out")

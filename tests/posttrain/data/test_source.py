@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.config import DataSource
+from posttrain.config import DataSource, read_source
 from posttrain.data.rows import Conversation, Pair, Row, prompt_text
 from posttrain.data.source import Entry, OpenSource, draw, open_source, unit
 from posttrain.error import UserError
@@ -280,9 +280,11 @@ def test_settings_of_hub_data_sets_are_refused_on_local_files(tmp_path):
     assert fails(path, split="test") == "sources.x: split: 'test' has no effect on local files; leave it out"
 
 
-def test_weights_that_are_no_shares_are_refused(tmp_path):
-    path = write(tmp_path / "a.jsonl", qa(1))
-    assert fails([path, path], weights=[1.0, float("inf")]).startswith("sources.x: weights: inf is no share")
+@pytest.mark.parametrize("weight", [float("inf"), float("nan"), 0.0, -1.0])
+def test_weights_that_are_no_shares_are_refused(tmp_path, weight):
+    path = str(write(tmp_path / "a.jsonl", qa(1)))
+    with pytest.raises(UserError, match="weights"):
+        read_source("sources.x", {"data": [path, path], "weights": [1.0, weight]})
 
 
 # Hub data sets, and what is imported.
