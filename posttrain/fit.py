@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -27,6 +27,7 @@ from posttrain.batch import GlobalBatches, count_steps, micro_batch_size
 from posttrain.chat import ChatContract
 from posttrain.checkpoint import last_complete, mark_complete
 from posttrain.config import nearest
+from posttrain.data.prepared import Encoder, prepare
 from posttrain.error import Preempted, UserError
 from posttrain.models import load_policy, load_tokenizer, publish, stored_dtype, train_new_tokens
 from posttrain.progress import Progress
@@ -90,6 +91,20 @@ def _fits(value: object, hint: Any) -> bool:
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+def prepare_training(
+    context: StageContext[Any], arguments_class: type[Any], make_encoder: Callable[..., Encoder], *, kind: str, role: str = "policy"
+) -> None:
+    """Check the stage's settings and encode its data, for the policy in `role`; `kind` tells one encoder's rows from another's."""
+    config: TrainingConfig = context.config
+    check_preparations(context, arguments_class)
+    tokenizer, contract = load_tokenizer(
+        context.input(role), context.at, chat_template=config.chat_template, system_prompt=config.system_prompt
+    )
+    limits: dict[str, Any] = {"max_length": config.max_length, "on_overflow": config.on_overflow}
+    encoder = make_encoder(tokenizer, contract, at=context.at, **limits)
+    prepare(context, context.input("data"), encoder, {"kind": kind, "contract": contract.digest, **limits})
 
 
 def check_preparations(context: StageContext[Any], arguments_class: type[Any]) -> None:

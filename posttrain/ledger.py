@@ -62,6 +62,10 @@ class Attempt:
     started: str
     token: str
 
+    def logs(self, directory: Path) -> Path:
+        """Where the ranks of this attempt at the stage in `directory` write what they say."""
+        return directory / "logs" / f"attempt_{self.number}"
+
     @property
     def input_builds(self) -> dict[str, dict[str, str]]:
         """Name of each input to its `id` and `fingerprint`."""

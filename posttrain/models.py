@@ -32,7 +32,7 @@ PROBE_TOKENS = 48
 PROBE_KEPT = 8
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Allowed root mean square difference of the logits after the hand-off, in standard deviations of all logits, by the
-coarsest type involved. Rounding a 135 M model to bfloat16, and running it so, gives 0.015; another head gives above 1."""
+coarsest type involved. Rounding a 135 M model to bfloat16, and running it so, gives 0.015."""
 
 
 def load_tokenizer(

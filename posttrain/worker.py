@@ -47,7 +47,7 @@ def worker(directory: Path, phase: Phase, rendezvous: Mapping[str, str]) -> None
     attempt, stage, context = open_context(
         directory, rank=rank, local_rank=int(rendezvous["LOCAL_RANK"]), world_size=int(rendezvous["WORLD_SIZE"])
     )
-    with _log_to(_logs(directory, attempt) / f"rank_{rank}.log"):
+    with _log_to(attempt.logs(directory) / f"rank_{rank}.log"):
         code = _run(attempt, stage, context, [phase])
     # Libraries leave threads and exit hooks behind that can hang or crash an interpreter on its way out; all that
     # matters is on disk by now.
@@ -103,7 +103,7 @@ def _run(attempt: Attempt, stage: Stage[Any], context: StageContext[Any], phases
 
 
 def _prepare(attempt: Attempt, stage: Stage[Any], context: StageContext[Any]) -> None:
-    marker = _logs(context.directory, attempt) / f"prepared.{attempt.token}"
+    marker = attempt.logs(context.directory) / f"prepared.{attempt.token}"
     if context.is_main:
         if stage.prepare is not None:
             stage.prepare(context)
@@ -168,11 +168,7 @@ def _verify(attempt: Attempt, stage: Stage[Any], context: StageContext[Any]) -> 
 
 def _report(context: StageContext[Any], attempt: Attempt, kind: str, message: str) -> None:
     with contextlib.suppress(OSError):  # on a full disk the message still stands in the log and the exit code still speaks
-        disk.write_json(_logs(context.directory, attempt) / ERROR_FILE.format(rank=context.rank), {"kind": kind, "message": message})
-
-
-def _logs(directory: Path, attempt: Attempt) -> Path:
-    return directory / "logs" / f"attempt_{attempt.number}"
+        disk.write_json(attempt.logs(context.directory) / ERROR_FILE.format(rank=context.rank), {"kind": kind, "message": message})
 
 
 @contextlib.contextmanager

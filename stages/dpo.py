@@ -50,18 +50,10 @@ def prepare(context: StageContext[DPOConfig]) -> None:
     """Pairs -> token ids of prompt, chosen and rejected; no model, no process group."""
     from trl import DPOConfig as TrainerConfig
 
-    from posttrain.data.prepared import pair_encoder, prepare
-    from posttrain.fit import check_preparations
-    from posttrain.models import load_tokenizer
+    from posttrain.data.prepared import pair_encoder
+    from posttrain.fit import prepare_training
 
-    config = context.config
-    check_preparations(context, TrainerConfig)
-    tokenizer, contract = load_tokenizer(
-        context.input("policy"), context.at, chat_template=config.chat_template, system_prompt=config.system_prompt
-    )
-    limits: dict[str, Any] = {"max_length": config.max_length, "on_overflow": config.on_overflow}
-    encoder = pair_encoder(tokenizer, contract, at=context.at, **limits)
-    prepare(context, context.input("data"), encoder, {"kind": "pair", "contract": contract.digest, **limits})
+    prepare_training(context, TrainerConfig, pair_encoder, kind="pair")
 
 
 def run(context: StageContext[DPOConfig]) -> dict[str, float]:

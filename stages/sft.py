@@ -30,18 +30,10 @@ def prepare(context: StageContext[SFTConfig]) -> None:
     """Rows -> token ids and labels; no model, no process group."""
     from trl import SFTConfig as TrainerConfig
 
-    from posttrain.data.prepared import conversation_encoder, prepare
-    from posttrain.fit import check_preparations
-    from posttrain.models import load_tokenizer
+    from posttrain.data.prepared import conversation_encoder
+    from posttrain.fit import prepare_training
 
-    config = context.config
-    check_preparations(context, TrainerConfig)
-    tokenizer, contract = load_tokenizer(
-        context.input("policy"), context.at, chat_template=config.chat_template, system_prompt=config.system_prompt
-    )
-    limits: dict[str, Any] = {"max_length": config.max_length, "on_overflow": config.on_overflow}
-    encoder = conversation_encoder(tokenizer, contract, at=context.at, **limits)
-    prepare(context, context.input("data"), encoder, {"kind": "conversation", "contract": contract.digest, **limits})
+    prepare_training(context, TrainerConfig, conversation_encoder, kind="conversation")
 
 
 def run(context: StageContext[SFTConfig]) -> dict[str, float]:

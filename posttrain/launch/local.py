@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from posttrain import disk
 from posttrain.artifact import FILE as ARTIFACT_FILE
 from posttrain.artifact import OUTPUT
+from posttrain.data.prepared import FILE as PREPARED_FILE
 from posttrain.error import EXIT_PREEMPTED, Preempted, StageFailed, UserError
 from posttrain.ledger import Attempt
 from posttrain.progress import Watcher
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PRELOAD = ["__main__", "posttrain.warm"]
-PREPARED_FILE = "prepared.json"
 POLL_S = 0.2
 STOP_WITHIN_S = 8.0
 """How long ranks may take to save and stop after Ctrl-C or another rank's end, before they are killed."""
@@ -65,7 +65,7 @@ def local_launcher(console: "Console") -> Iterator[Callable[[Path, Attempt], Non
                 _run_phase(directory, attempt, "run", attempt.num_processes, watcher)
             _run_phase(directory, attempt, "verify", 1, watcher)
         if not (directory / ARTIFACT_FILE).is_file():
-            raise StageFailed(f"stages.{attempt.name}: ended without an artifact; its logs are in {_logs(directory, attempt)}")
+            raise StageFailed(f"stages.{attempt.name}: ended without an artifact; its logs are in {attempt.logs(directory)}")
 
     yield launch
 
@@ -131,7 +131,7 @@ def _raise_failure(directory: Path, attempt: Attempt, ranks: list[ForkServerProc
     codes = [process.exitcode or 0 for process in ranks]
     if not any(codes):
         return
-    logs = _logs(directory, attempt)
+    logs = attempt.logs(directory)
     # A rank that was killed comes first: what the others then say is only that they lost it.
     for rank, process in enumerate(ranks):
         if codes[rank] < 0 and process not in stopped:
@@ -147,10 +147,6 @@ def _raise_failure(directory: Path, attempt: Attempt, ranks: list[ForkServerProc
         raise Preempted(f"stages.{attempt.name} was asked to stop and saved its state")
     dead = next(rank for rank, code in enumerate(codes) if code)
     raise StageFailed(f"stages.{attempt.name}: rank {dead} ended (exit code {codes[dead]}); its log is {logs}/rank_{dead}.log")
-
-
-def _logs(directory: Path, attempt: Attempt) -> Path:
-    return directory / "logs" / f"attempt_{attempt.number}"
 
 
 def free_port() -> int:
