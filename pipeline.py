@@ -140,6 +140,8 @@ def _read_wires(
     inputs = {}
     for role, wanted in stage.inputs.items():
         if role not in wires:
+            if wanted.optional:
+                continue
             raise UserError(f"{at}.{role}: missing; name a {wanted.kind}: {_candidates(wanted.kind, known)}")
         names = wires[role] if isinstance(wires[role], list) else [wires[role]]
         if not names or (len(names) > 1 and not wanted.many):

@@ -50,6 +50,24 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def write_array(path: Path, array: Any) -> None:
+    """Replace `path` by a numpy array, atomically and synced; makes its directory."""
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.save(file, array, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(aside).replace(path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
 def publish_directory(aside: Path, path: Path) -> None:
     """Sync every file below `aside` and rename it to `path`, which must not exist."""
     sync_tree(aside)

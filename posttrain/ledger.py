@@ -139,7 +139,7 @@ def output_source(artifact: Artifact) -> ModelSource | DataSource:
     """How a later stage reads the output of a finished one."""
     output = artifact.output.resolve()
     if artifact.kind == "dataset":
-        return read_source(str(output), {"data": [str(path) for path in disk.list_files(output) if path.suffix == ".jsonl"]})
+        return read_source(str(output), {"data": str(output / "rows.jsonl")})
     return ModelSource(model=str(output))
 
 

@@ -37,10 +37,11 @@ C = TypeVar("C", bound=StageConfig)
 
 @dataclass(frozen=True)
 class Role:
-    """An input that a stage declares: which kind of artifact, and whether several may be given."""
+    """An input that a stage declares: which kind of artifact, whether several may be given, and whether none may."""
 
     kind: ArtifactKind
     many: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,14 @@ END_WITHIN_S = 10.0
 START_WITHIN_S = 120.0
 
 
+@pytest.fixture(autouse=True)
+def _hears_ctrl_c() -> Iterator[None]:
+    """A shell that puts a command in the background has it ignore SIGINT, and whoever is started by it inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @dataclass
 class Project:
     """A pipeline of one slow stage on two ranks, and the drivers started on it; `mark` is in the environment of all processes."""
