@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,7 +33,7 @@ from posttrain.config import (
     validate,
 )
 from posttrain.error import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, StageFailed, UserError
-from posttrain.stage import ArtifactKind, Stage, StageConfig, load_stage
+from posttrain.stage import ArtifactKind, Input, Stage, StageConfig, load_stage
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,6 +73,8 @@ class Node:
     run: str
     root: Path
     directory: Path
+    held_out: tuple[Pinned, ...]
+    """Data sets of the pipeline that a stage which writes a report measures on."""
 
     @property
     def reads(self) -> list["Node | Pinned"]:
@@ -107,7 +109,10 @@ def plan(config: PipelineConfig, root: Path) -> list[Node]:
     nodes: dict[str, Node] = {}
     for name, raw in config.stages.items():
         nodes[name] = _wire(name, dict(raw), config, {**sources, **nodes}, root)
-    return list(nodes.values())
+    reports = [node for node in nodes.values() if node.stage.output == "report"]
+    measured = {entry.name: entry for node in reports for entry in node.reads if isinstance(entry, Pinned)}
+    held_out = tuple(entry for entry in measured.values() if isinstance(entry.source, DataSource))
+    return [replace(node, held_out=held_out) for node in nodes.values()]
 
 
 def _wire(name: str, raw: dict[str, Any], config: PipelineConfig, known: Mapping[str, Node | Pinned], root: Path) -> Node:
@@ -126,7 +131,8 @@ def _wire(name: str, raw: dict[str, Any], config: PipelineConfig, known: Mapping
         "inputs": {role: [entry.fingerprint for entry in entries] for role, entries in inputs.items()},
     }
     fingerprint = disk.hash_json(recipe)
-    return Node(name, stage, settings, inputs, num_processes, identical, fingerprint, config.run, root, root / config.run / name)
+    directory = root / config.run / name
+    return Node(name, stage, settings, inputs, num_processes, identical, fingerprint, config.run, root, directory, held_out=())
 
 
 def _read_wires(
@@ -379,6 +385,7 @@ def _start(node: Node) -> ledger.Attempt:
         identity=node.identity,
         config=node.config,
         inputs={role: [_record(entry) for entry in entries] for role, entries in node.inputs.items()},
+        held_out=[_record(entry) for entry in node.held_out],
         num_processes=node.num_processes,
     )
 
@@ -537,6 +544,90 @@ def chat_command(config: Path, overrides: tuple[str, ...], stage: str | None, pr
     chat(finished[-1].directory / artifact.OUTPUT, name=finished[-1].name, prompt=prompt)
 
 
+@cli.command("inspect")
+@_config
+@click.argument("stage")
+@_overrides
+@click.option("--row", "rows", type=click.IntRange(min=0), multiple=True, metavar="N", help="The row of this number; repeatable.")
+@click.option("--worst", type=click.Choice(["length", "loss"]), help="The rows that are longest, or that the policy finds hardest.")
+@click.option("--num-rows", type=click.IntRange(min=1), default=3, show_default=True, help="How many rows to show.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write them as one page to this file.")
+@_root
+@_json
+def inspect_command(
+    config: Path,
+    stage: str,
+    overrides: tuple[str, ...],
+    rows: tuple[int, ...],
+    worst: str | None,
+    num_rows: int,
+    html: Path | None,
+    root: Path,
+    as_json: bool,
+) -> None:
+    """What a stage will train on: its rows as the model sees them, with what is trained, cut or left out."""
+    if rows and worst:
+        raise UserError(f"--row {rows[0]}: leaves nothing for --worst to choose; give one or the other")
+    nodes = plan(read_pipeline(config, overrides), root)
+    node = next((node for node in nodes if node.name == stage), None)
+    if node is None:
+        raise UserError(f"{stage}: no such stage; {nearest(stage, [node.name for node in nodes])}")
+    if node.stage.encoder is None:
+        able = [other.name for other in nodes if other.stage.encoder is not None]
+        raise UserError(f"{stage}: a {node.stage.kind} stage trains on no rows; {nearest(stage, able) if able else 'no stage does'}")
+    policy, first = _tokenizing_policy(node)
+    data = _as_input(node.inputs["data"][0])
+
+    from posttrain import inspection
+    from posttrain.data.prepared import describe_formats
+    from posttrain.data.source import open_source
+    from posttrain.models import load_tokenizer
+
+    at = f"stages.{stage}"
+    tokenizer, contract = load_tokenizer(policy, at, chat_template=first.chat_template, system_prompt=first.system_prompt)
+    encoder = node.stage.encoder(node.config, tokenizer, contract, at)
+    source = open_source(data.data, f"{at}: {data.name}")
+    console = _console()
+
+    def losses(chosen: list[Any]) -> list[float]:
+        from rich.progress import track
+
+        model = inspection.load_scorer(policy, tokenizer, contract, at)
+        progress = track(chosen, f"scoring under {policy.name}", console=console, disable=as_json or not console.is_terminal)
+        return [inspection.loss_of(encoder, model, row) for row in progress]
+
+    chosen = inspection.choose(source, encoder, rows=rows, worst=worst, num_rows=num_rows, losses=losses)
+    inspected = [inspection.inspect(encoder, tokenizer, index, row, loss) for index, row, loss in chosen]
+    if as_json:
+        click.echo(json.dumps([inspection.as_json(row) for row in inspected], ensure_ascii=False))
+    summary = [*describe_formats(source), f"chat contract of {policy.name}: an answer ends with {contract.stop_tokens[0]}"]
+    if html is not None:
+        inspection.write_html(inspected, html, title=f"{config}: {stage}", summary=summary)
+        console.print(f"wrote {html}", highlight=False)
+    if not as_json and html is None:
+        for line in summary:
+            console.print(line, highlight=False, soft_wrap=True)
+        for row in inspected:
+            inspection.show(row, console)
+
+
+def _tokenizing_policy(node: Node) -> tuple[Input, Any]:
+    """The nearest policy above a stage that is there to be read, and the config that a chat contract would be established by."""
+    first, entry = node.config, node.inputs["policy"][0]
+    while isinstance(entry, Node) and not artifact.read_artifact(entry.directory):
+        first, entry = entry.config, entry.inputs["policy"][0]
+    return _as_input(entry), first
+
+
+def _as_input(entry: Node | Pinned) -> Input:
+    if isinstance(entry, Pinned):
+        return Input(entry.name, _kinds(entry)[0], entry.fingerprint, entry.source)
+    finished = artifact.read_artifact(entry.directory)
+    if finished is None:
+        raise UserError(f"stages.{entry.name}: is not finished, so what it makes cannot be looked at; run it first (--until {entry.name})")
+    return Input(entry.name, finished.kind, entry.fingerprint, ledger.output_source(finished))
+
+
 def _plan_row(node: Node, decision: Decision) -> dict[str, Any]:
     return {
         "stage": node.name,
@@ -597,7 +688,7 @@ def _progress_text(progress: dict[str, Any] | None) -> str:
 def _show_results(console: "Console", selected: Sequence[Node], config: Path, overrides: Sequence[str]) -> None:
     for node in selected:
         report = node.directory / artifact.OUTPUT / "table.json"
-        if node.stage.output == "report" and report.is_file():
+        if report.is_file():
             content = disk.read_json(report)
             table = _table(*content["columns"])
             for row in content["rows"]:

@@ -11,9 +11,9 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain import disk
 from posttrain.error import UserError
@@ -162,25 +162,42 @@ def apply_to_generation(contract: ChatContract, tokenizer: "PreTrainedTokenizerB
     model.config.get_text_config().eos_token_id = stops[0]
 
 
-@dataclass(frozen=True)
+TrainOn = Literal["all", "last"]
+"""Which assistant turns of a conversation are trained."""
+
+
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """A conversation as the model sees it: token ids `(T,)`, and which of them are trained `(T,)`."""
 
     ids: list[int]
     trained: list[bool]
+    asked_otherwise: bool = False
+    """Whether a trained answer begins otherwise than it is asked for: the template's marks say so, and generation will differ."""
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Any], tools: list[Any] | None, stop: str, origin: str) -> Encoded:
-    """Tokens of a conversation, with every assistant turn and its stop token marked as trained.
+def encode(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Any],
+    tools: list[Any] | None,
+    stop: str,
+    origin: str,
+    *,
+    train_on: TrainOn = "all",
+) -> Encoded:
+    """Tokens of a conversation, with every assistant turn, or the last one, and its stop token marked as trained.
 
     A turn begins where the prompt ends that asks for it, and ends with the first stop token: what a sampler would feed,
     and what it would take. A row where the template renders anything else is refused. A turn with `train: false` is not
     trained. Raises `UserError` naming `origin`.
     """
     _refuse_control_text(tokenizer, messages, tools, origin)
-    text, spans = _answers(tokenizer, messages, tools, stop, origin)
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [index for index in (turns if train_on == "all" else turns[-1:]) if messages[index].get("train", True)]
+    text, spans, asked_otherwise = _answers(tokenizer, messages, tools, turns, stop, origin)
     _refuse_losses(messages, tools, text, origin)
-    return _tokenize(tokenizer, text, spans, stop, origin)
+    encoded = _tokenize(tokenizer, text, spans, stop, origin)
+    return replace(encoded, asked_otherwise=True) if asked_otherwise else encoded
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Any], tools: list[Any] | None, origin: str) -> list[int]:
@@ -236,49 +253,58 @@ def _render(
 
 
 def _answers(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Any], tools: list[Any] | None, stop: str, origin: str
-) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and where each trained answer lies: from the end of its prompt to the end of its stop token.
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Any], tools: list[Any] | None, turns: Sequence[int], stop: str, origin: str
+) -> tuple[str, list[tuple[int, int]], bool]:
+    """The conversation as text, where the answers of the messages `turns` lie, and whether one is asked for otherwise.
 
-    Where an answer ends, the template may mark; without that, the conversation must begin as it would were the answer its
-    last message.
+    An answer lies from the end of its prompt to the end of its stop token. Where the template marks what the assistant says,
+    the marks hold; without them the conversation must begin with the prompt that asks for the answer, and as it would were
+    the answer its last message.
     """
     text, marks = _render(tokenizer, messages, tools, origin, mark=True)
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    marked = {index: end for index, (_, end) in zip(turns, marks, strict=True)} if len(marks) == len(turns) else {}
-    spans = []
+    all_turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    marked = dict(zip(all_turns, marks, strict=True)) if len(marks) == len(all_turns) else {}
+    spans, asked_otherwise = [], False
     for index in turns:
-        if not messages[index].get("train", True):
-            continue
         at = f"{origin}: messages[{index}]"
         prompt = render(tokenizer, messages[:index], tools, origin, add_generation_prompt=True)
-        _refuse_difference(at, text, prompt)
-        end = text.find(stop, len(prompt)) + len(stop)
+        start = len(prompt)
+        if not text.startswith(prompt):
+            if index not in marked:
+                _refuse_difference(at, text, prompt)
+            start, asked_otherwise = max(marked[index][0], _common(text, prompt)), True
+        end = text.find(stop, start) + len(stop)
         if end < len(stop):
             raise UserError(f"{at}: the chat template does not close it with the stop token {stop!r}; use another template")
         if index in marked:
-            beyond = text[end : marked[index]] or text[marked[index] : end]
+            beyond = text[end : marked[index][1]] or text[marked[index][1] : end]
         else:
             last = text if index == len(messages) - 1 else render(tokenizer, messages[: index + 1], tools, origin)
             _refuse_difference(at, text, last[:end])
             beyond = last[end:]
         if lost := _control_tokens(tokenizer).sub("", beyond).strip():
             raise UserError(
-                f"{at}: the chat template closes it with {stop!r} elsewhere than where it ends, at {lost[:30]!r}; use another template"
+                f"{at}: the chat template closes it with {stop!r} elsewhere than where it ends, at {lost[:30]!r}; use another template, "
+                "or set train_on: last"
             )
-        _refuse_lost_answer(messages[index], text[len(prompt) : end], at)
-        spans.append((len(prompt), end))
-    return text, spans
+        _refuse_lost_answer(messages[index], text[start:end], at)
+        spans.append((start, end))
+    return text, spans, asked_otherwise
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _refuse_difference(at: str, text: str, beginning: str) -> None:
     """Refuse a conversation that is not rendered as its `beginning` is: an answer would be trained otherwise than it is asked for."""
     if not text.startswith(beginning):
-        here = next((i for i, (a, b) in enumerate(zip(text, beginning, strict=False)) if a != b), len(text))
+        here = _common(text, beginning)
         raise UserError(
             f"{at}: the chat template renders {beginning[here : here + 30]!r} where the answer is asked for, and "
-            f"{text[here : here + 30]!r} in its place later; use another template, such as one with generation marks, "
-            "or set train: false on the turn"
+            f"{text[here : here + 30]!r} in its place later; set train_on: last where earlier turns differ, or chat_template to one "
+            "that renders every turn alike"
         )
 
 

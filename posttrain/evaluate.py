@@ -16,15 +16,16 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.chat import ChatContract, encode, encode_prompt, read_contract
-from posttrain.data.prepared import describe_formats, encode_pair
+from posttrain.data.prepared import describe_formats
 from posttrain.data.rows import Conversation, Pair
+from posttrain.data.samples import encode_pair
 from posttrain.data.source import open_source
 from posttrain.error import UserError
 from posttrain.generate import answer_all
 from posttrain.metrics.check import Check, as_reference, read_checks
 from posttrain.metrics.metric import load_metric
 from posttrain.metrics.paired import compare, interval
-from posttrain.models import load_policy, load_tokenizer
+from posttrain.models import check_weights, load_policy, load_tokenizer
 from posttrain.progress import Progress
 from posttrain.stage import Input, StageContext
 
@@ -117,6 +118,8 @@ def read_rows(context: StageContext[Any]) -> Rows:
 def open_contracts(context: StageContext[Any]) -> list[tuple[PreTrainedTokenizerBase, ChatContract]]:
     """Tokenizer and contract of each policy. One without a template is asked in the way of the first that has a contract."""
     given = context.inputs["policies"]
+    for policy in given:
+        check_weights(policy, context.at)
     shared = next((c for c in (read_contract(Path(policy.model.model)) for policy in given) if c is not None), None)
     return [load_tokenizer(policy, context.at, contract=shared) for policy in given]
 

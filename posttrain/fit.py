@@ -27,9 +27,11 @@ from posttrain.batch import GlobalBatches, count_steps, micro_batch_size
 from posttrain.chat import ChatContract
 from posttrain.checkpoint import last_complete, mark_complete
 from posttrain.config import nearest
-from posttrain.data.prepared import Encoder, prepare
+from posttrain.data.prepared import prepare
+from posttrain.data.samples import Encoder
 from posttrain.error import Preempted, UserError
-from posttrain.models import load_policy, load_tokenizer, publish, stored_dtype, train_new_tokens
+from posttrain.models import check_weights, load_policy, load_tokenizer, publish, stored_dtype, train_new_tokens
+from posttrain.preflight import fatal_faults, preflight
 from posttrain.progress import Progress
 from posttrain.recipe import TrainingConfig
 from posttrain.stage import Input, StageContext
@@ -94,17 +96,18 @@ def _fits(value: object, hint: Any) -> bool:
 
 
 def prepare_training(
-    context: StageContext[Any], arguments_class: type[Any], make_encoder: Callable[..., Encoder], *, kind: str, role: str = "policy"
+    context: StageContext[Any], arguments_class: type[Any], make_encoder: Callable[..., Encoder], role: str = "policy"
 ) -> None:
-    """Check the stage's settings and encode its data, for the policy in `role`; `kind` tells one encoder's rows from another's."""
+    """Check the stage's settings, encode its data for the policy in `role`, and refuse data that exceed the limits set for them."""
     config: TrainingConfig = context.config
     check_preparations(context, arguments_class)
+    check_weights(context.input(role), context.at)
     tokenizer, contract = load_tokenizer(
         context.input(role), context.at, chat_template=config.chat_template, system_prompt=config.system_prompt
     )
-    limits: dict[str, Any] = {"max_length": config.max_length, "on_overflow": config.on_overflow}
-    encoder = make_encoder(tokenizer, contract, at=context.at, **limits)
-    prepare(context, context.input("data"), encoder, {"kind": kind, "contract": contract.digest, **limits})
+    encoder = make_encoder(config, tokenizer, contract, context.at)
+    prepare(context, context.input("data"), encoder, fatal=fatal_faults(config.preflight))
+    preflight(context, tokenizer)
 
 
 def check_preparations(context: StageContext[Any], arguments_class: type[Any]) -> None:

@@ -3,6 +3,7 @@
     <root>/<run>/<stage>/   stage.json       what is being, or was last, attempted: all that a worker is told
                             lease.json       who is at it; its time of change is the heartbeat
                             prepared.json    which prepared data the attempt trains on
+                            preflight.json   what they hold, and what of that is limited
                             checkpoints/     resumable state, private to the stage
                             output/          the finished output (output.partial/ while it is built)
                             artifact.json    written last: the stage finished
@@ -37,9 +38,21 @@ from posttrain.stage import Input, Stage, StageConfig, StageContext, load_stage
 
 HEARTBEAT_S = 5.0
 LEASE_EXPIRES_S = 60.0
+PREFLIGHT_FILE = "preflight.json"
 EVIDENCE = ("probe.safetensors", "final_metrics.json")
 """What a published output is checked against, and declared finished with."""
-BUILT = ("stage.json", "prepared.json", "checkpoints", OUTPUT, "output.partial", *EVIDENCE, ARTIFACT_FILE, "metrics.jsonl", "progress.json")
+BUILT = (
+    "stage.json",
+    "prepared.json",
+    PREFLIGHT_FILE,
+    "checkpoints",
+    OUTPUT,
+    "output.partial",
+    *EVIDENCE,
+    ARTIFACT_FILE,
+    "metrics.jsonl",
+    "progress.json",
+)
 """All that a build leaves in the stage directory, beside its logs."""
 
 
@@ -57,6 +70,8 @@ class Attempt:
     config: dict[str, Any]
     inputs: dict[str, list[dict[str, Any]]]
     """Role to its inputs: name, kind, fingerprint, id, and the source or output to read."""
+    held_out: list[dict[str, Any]]
+    """Data sets that evaluations of the pipeline measure on, each like an input."""
     num_processes: int
     number: int
     started: str
@@ -83,7 +98,7 @@ def read_attempt(directory: Path) -> Attempt | None:
 
 def start_attempt(
     directory: Path, *, stage: Stage[Any], name: str, run: str, root: Path, fingerprint: str, identity: Mapping[str, Any],
-    config: StageConfig, inputs: dict[str, list[dict[str, Any]]], num_processes: int,
+    config: StageConfig, inputs: dict[str, list[dict[str, Any]]], held_out: list[dict[str, Any]], num_processes: int,
 ) -> Attempt:  # fmt: skip
     """Write `stage.json` for a new attempt, with a log directory of its own."""
     logs = directory / "logs"
@@ -102,6 +117,7 @@ def start_attempt(
         identity=dict(identity),
         config=config.model_dump(mode="json"),
         inputs=inputs,
+        held_out=held_out,
         num_processes=num_processes,
         number=number,
         started=now(),
@@ -118,21 +134,23 @@ def open_context(directory: Path, *, rank: int, local_rank: int, world_size: int
         raise UserError(f"{directory}: holds no readable stage.json; start the stage with `run`")
     stage = load_stage(attempt.kind, attempt.name)
     config = validate(stage.config, attempt.config, f"stages.{attempt.name}")
-    inputs = {
-        role: tuple(Input(e["name"], e["kind"], e["fingerprint"], read_source(e["name"], e["source"])) for e in entries)
-        for role, entries in attempt.inputs.items()
-    }
+    inputs = {role: tuple(map(_read_input, entries)) for role, entries in attempt.inputs.items()}
     context = StageContext(
         name=attempt.name,
         config=config,
         inputs=inputs,
         directory=directory,
         root=Path(attempt.root),
+        held_out=tuple(map(_read_input, attempt.held_out)),
         rank=rank,
         local_rank=local_rank,
         world_size=world_size,
     )
     return attempt, stage, context
+
+
+def _read_input(entry: dict[str, Any]) -> Input:
+    return Input(entry["name"], entry["kind"], entry["fingerprint"], read_source(entry["name"], entry["source"]))
 
 
 def output_source(artifact: Artifact) -> ModelSource | DataSource:

@@ -40,10 +40,9 @@ def load_tokenizer(
 ) -> tuple[PreTrainedTokenizerBase, ChatContract]:
     """The tokenizer of a policy and its chat contract: its own, else `contract`, else one established now.
 
-    Raises `UserError` where the model's files are no model, and where a policy with a contract is asked to change it.
+    Reads no weights. Raises `UserError` where the model's files are no model, and where a policy with a contract is asked to change it.
     """
     source = given.model
-    _check_weights(source, f"{at}: {given.name}")
     with _explain(source, f"{at}: {given.name}"):
         tokenizer = AutoTokenizer.from_pretrained(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
     own = read_contract(Path(source.model))
@@ -61,6 +60,16 @@ def load_tokenizer(
         return tokenizer, contract
     generation = load_generation_config(source)
     return tokenizer, establish(tokenizer, generation, template=template, system_prompt=system_prompt, at=at)
+
+
+def check_weights(given: Input, at: str) -> None:
+    """Raise `UserError` where a local model has no weights: a tokenizer alone can be inspected with, and not trained."""
+    source = given.model
+    directory = Path(source.model)
+    if source.revision is None and not any((directory / name).is_file() for name in WEIGHTS):
+        raise UserError(
+            f"{at}: {given.name}: {source.model} holds none of {', '.join(WEIGHTS)}, so it is no model directory with safetensors weights"
+        )
 
 
 def load_generation_config(source: ModelSource) -> GenerationConfig:
@@ -318,12 +327,6 @@ def _describe(tensor: torch.Tensor) -> list[Any]:
     """Shape, type and hash of a tensor's bytes, as plain JSON."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return [list(tensor.shape), str(tensor.dtype).removeprefix("torch."), hashlib.sha256(data).hexdigest()]
-
-
-def _check_weights(source: ModelSource, at: str) -> None:
-    directory = Path(source.model)
-    if source.revision is None and not any((directory / name).is_file() for name in WEIGHTS):
-        raise UserError(f"{at}: {source.model} holds none of {', '.join(WEIGHTS)}, so it is no model directory with safetensors weights")
 
 
 def _read_template(chat_template: str | None, at: str) -> str | None:

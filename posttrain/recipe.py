@@ -22,6 +22,33 @@ class LoraRecipe(Config):
     """Modules that get an adapter: names, or `all-linear`."""
 
 
+class PreflightLimits(Config):
+    """What of the data may be wrong before a stage refuses to train, each as a share of the rows."""
+
+    bears_identity: ClassVar[bool] = False
+
+    refused: float = Field(default=0.0, ge=0, le=1)
+    """Rows that the chat template cannot render exactly; they are left out."""
+    untrained: float = Field(default=0.0, ge=0, le=1)
+    """Rows of which no token is trained; they are left out."""
+    identical: float = Field(default=0.0, ge=0, le=1)
+    """Pairs whose answers are the same, or become so by the cut to `max_length`; they are left out."""
+    over_max_length: float = Field(default=0.1, ge=0, le=1)
+    """Rows over `max_length`, left out or cut as `on_overflow` says."""
+    unstopped: float = Field(default=0.05, ge=0, le=1)
+    """Rows with an answer that is cut before its stop token: from these a model learns to go on and on."""
+    asked_otherwise: float = Field(default=0.0, ge=0, le=1)
+    """Rows whose answers the template asks for in another way than it then renders them."""
+    duplicates: float = Field(default=0.01, ge=0, le=1)
+    """Rows that are the same, token for token, as an earlier one."""
+    held_out: float = Field(default=0.0, ge=0, le=1)
+    """Rows that ask what a row asks which an evaluation of this pipeline measures on."""
+    padding: float = Field(default=0.5, ge=0, le=1)
+    """Share of padding among the tokens that a step computes."""
+    untrained_vocabulary: float = Field(default=1.0, ge=0, le=1)
+    """Share of the vocabulary that is never trained."""
+
+
 class TrainingExecution(Config):
     """Where and how fast a stage trains: nothing here changes what is learned, beyond rounding."""
 
@@ -41,6 +68,8 @@ class TrainingExecution(Config):
     """Optimizer steps between checkpoints. One is also saved at the end, and when a signal asks the stage to stop."""
     logging_steps: int = Field(1, ge=1)
     """Optimizer steps between logged metrics."""
+    preflight: PreflightLimits = PreflightLimits()
+    """What of the data may be wrong before the stage refuses to train."""
 
 
 class TrainingConfig(StageConfig, TrainingExecution):

@@ -78,6 +78,8 @@ class StageContext(Generic[C]):
     inputs: Mapping[str, tuple[Input, ...]]
     directory: Path
     root: Path
+    held_out: tuple[Input, ...] = ()
+    """Data sets that evaluations of the pipeline measure on, so that nothing else may be trained on their rows."""
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
@@ -118,6 +120,8 @@ class Stage(Generic[C]):
     output: ArtifactKind
     run: Callable[[StageContext[C]], dict[str, float]]
     prepare: Callable[[StageContext[C]], None] | None = None
+    encoder: Callable[[C, Any, Any, str], Any] | None = None
+    """What turns rows into samples, `(config, tokenizer, chat contract, config path) -> Encoder`; None if it trains on no rows."""
     version: int = 1
 
     @cached_property

@@ -46,14 +46,20 @@ class DPOConfig(TrainingConfig):
         return self
 
 
+def encoder(config: DPOConfig, tokenizer: Any, contract: Any, at: str) -> Any:
+    """Pairs -> token ids of prompt, chosen and rejected."""
+    from posttrain.data.samples import pair_encoder
+
+    return pair_encoder(tokenizer, contract, max_length=config.max_length, on_overflow=config.on_overflow, at=at)
+
+
 def prepare(context: StageContext[DPOConfig]) -> None:
-    """Pairs -> token ids of prompt, chosen and rejected; no model, no process group."""
+    """Rows -> samples, checked; no model, no process group."""
     from trl import DPOConfig as TrainerConfig
 
-    from posttrain.data.prepared import pair_encoder
     from posttrain.fit import prepare_training
 
-    prepare_training(context, TrainerConfig, pair_encoder, kind="pair")
+    prepare_training(context, TrainerConfig, encoder)
 
 
 def run(context: StageContext[DPOConfig]) -> dict[str, float]:
@@ -98,4 +104,5 @@ STAGE = Stage(
     output="policy",
     prepare=prepare,
     run=run,
+    encoder=encoder,
 )

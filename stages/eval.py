@@ -34,11 +34,12 @@ class EvalConfig(StageConfig):
 
 def prepare(context: StageContext[EvalConfig]) -> None:
     """Check that every policy renders every row, and that every check can be made; no model, no process group."""
-    from posttrain.data.prepared import write_summary
+    from posttrain import disk
     from posttrain.evaluate import open_contracts, read_rows
+    from posttrain.ledger import PREFLIGHT_FILE
 
     rows = read_rows(context)
-    write_summary(context, rows.summary)
+    disk.write_json(context.directory / PREFLIGHT_FILE, {"summary": rows.summary})
     for tokenizer, contract in open_contracts(context):
         rows.encode(tokenizer, contract, context.config.max_length)
 

@@ -9,7 +9,7 @@ Differences from trl.SFTTrainer: 1. the global batch is config, and N is counted
 trained, for every chat template; 3. a sample over `max_length` is an error unless the config says otherwise.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -24,16 +24,26 @@ class SFTConfig(TrainingConfig):
     """Peak learning rate, after warm-up."""
     global_batch_size: int = Field(64, ge=1)
     """Conversations for each optimizer step, over all ranks."""
+    train_on: Literal["all", "last"] = "all"
+    """Which assistant turns of a conversation are trained: every one, or the last."""
+
+
+def encoder(config: SFTConfig, tokenizer: Any, contract: Any, at: str) -> Any:
+    """Conversations -> token ids and labels."""
+    from posttrain.data.samples import conversation_encoder
+
+    return conversation_encoder(
+        tokenizer, contract, max_length=config.max_length, on_overflow=config.on_overflow, at=at, train_on=config.train_on
+    )
 
 
 def prepare(context: StageContext[SFTConfig]) -> None:
-    """Rows -> token ids and labels; no model, no process group."""
+    """Rows -> samples, checked; no model, no process group."""
     from trl import SFTConfig as TrainerConfig
 
-    from posttrain.data.prepared import conversation_encoder
     from posttrain.fit import prepare_training
 
-    prepare_training(context, TrainerConfig, conversation_encoder, kind="conversation")
+    prepare_training(context, TrainerConfig, encoder)
 
 
 def run(context: StageContext[SFTConfig]) -> dict[str, float]:
@@ -69,4 +79,5 @@ STAGE = Stage(
     output="policy",
     prepare=prepare,
     run=run,
+    encoder=encoder,
 )

@@ -135,7 +135,7 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pipeline_file(tmp_path: Path, tiny: Path, chat_file: Path, pairs_file: Path) -> Path:
-    """A pipeline of sft, dpo and eval on the tiny model, of a few steps each."""
+    """A pipeline of sft, dpo and eval on the tiny model, of a few steps each; it measures on what it trains on."""
     path = tmp_path / "pipeline.yaml"
     path.write_text(
         f"""
@@ -145,12 +145,32 @@ sources:
   chat: {{data: {chat_file}}}
   prefs: {{data: {pairs_file}}}
 stages:
-  sft: {{inputs: {{policy: base, data: chat}}, learning_rate: 1e-3, global_batch_size: 8, max_length: 128, num_train_epochs: 2}}
-  dpo: {{inputs: {{policy: sft, data: prefs}}, learning_rate: 1e-3, global_batch_size: 8, max_length: 128, num_train_epochs: 2}}
+  sft:
+    inputs: {{policy: base, data: chat}}
+    learning_rate: 1e-3
+    global_batch_size: 8
+    max_length: 128
+    num_train_epochs: 2
+    preflight: {{held_out: 1.0}}
+  dpo:
+    inputs: {{policy: sft, data: prefs}}
+    learning_rate: 1e-3
+    global_batch_size: 8
+    max_length: 128
+    num_train_epochs: 2
+    preflight: {{held_out: 1.0}}
   eval: {{inputs: {{policies: [base, sft, dpo], data: [chat, prefs]}}, max_new_tokens: 8}}
 """
     )
     return path
+
+
+def read_samples(stage: Path) -> list[dict[str, Any]]:
+    """The samples that a stage trained on."""
+    from datasets import Dataset
+
+    prepared = Path(json.loads((stage / "prepared.json").read_text())["path"])
+    return list(Dataset.from_file(str(prepared / "rows.arrow")))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,32 +1,44 @@
-"""Prepared data: rows as token ids and masks, made once in one process before any process group exists.
+"""Prepared data: rows as token ids and masks, made once by all cores before any process group exists.
 
-Kept under the root, keyed by all that decides its content, and shared by every stage and run that needs the same. A
-directory without its manifest, which is written last, is never read.
+Kept under the root, keyed by all that decides its content, and shared by every stage and run that needs the same. Rows
+stream from their files through forked workers into one Arrow file, so memory does not grow with the data. A directory
+without its manifest, which is written last, is never read.
 """
 
+import fcntl
 import shutil
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from posttrain import disk
-from posttrain.chat import ChatContract, encode
-from posttrain.data.rows import Conversation, Message, Pair, Row
-from posttrain.data.source import OpenSource, open_source
+from posttrain.artifact import fingerprint_source
+from posttrain.data.rows import Row, question
+from posttrain.data.samples import Encoder, Fault, LeftOut
+from posttrain.data.source import OpenSource, open_source, unit_bits
 from posttrain.error import UserError
+from posttrain.parallel import map_chunks
+from posttrain.progress import Progress
 from posttrain.stage import Input, StageContext
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
-VERSION = 1
-"""Raised when the same rows give other tokens or masks than before."""
 FILE = "prepared.json"
-IGNORED = -100
-"""Label of a token that is not trained, as transformers has it."""
+ROWS_AT_ONCE = 500
+"""Rows of a chunk that one worker encodes: small enough to be few in memory, large enough to be worth sending."""
+SAID_BY_ROW = ("row", "origin", "length", "fingerprint", "question", "is_cut", "is_unstopped", "is_asked_otherwise")
+"""Columns beside the encoder's own: which row it was, and what the preflight looks at."""
 
 
 @dataclass(frozen=True)
@@ -34,70 +46,60 @@ class Prepared:
     """Where prepared data lies, and what went into it."""
 
     path: Path
+    num_read: int
+    """Rows that fit their format; each is a sample, or left out."""
     num_rows: int
     num_tokens: int
     num_trained_tokens: int
-    num_dropped: int
-    num_truncated: int
+    left_out: dict[str, int]
+    """How many rows are left out for each fault."""
+    examples: dict[str, str]
+    """What was wrong with the first row of each fault."""
     num_invalid: int
+    first_invalid: str | None
+    """What was wrong with the first row that does not fit its format."""
     formats: list[str]
     """How each file was read, and whether its columns told or the config."""
-    first_invalid: str | None
-    """What was wrong with the first row that was left out because it does not fit its format."""
-
-    def describe(self, name: str) -> list[str]:
-        """Lines that say what will be trained on."""
-        lines = [f"{name}: {entry}" for entry in self.formats]
-        lines.append(f"{name}: {self.num_rows:,} rows, {self.num_tokens:,} tokens, {self.num_trained_tokens:,} of them trained")
-        if self.num_truncated or self.num_dropped:
-            lines.append(f"{name}: over max_length: {self.num_truncated:,} rows cut, {self.num_dropped:,} left out")
-        if self.num_invalid:
-            lines.append(f"{name}: {self.num_invalid:,} rows left out that do not fit; the first: {self.first_invalid}")
-        return lines
+    columns: list[str]
+    """Columns of token ids, which are what is trained on."""
 
     def load(self) -> "Dataset":
-        """The rows, mapped from disk."""
-        from datasets import load_from_disk
+        """The samples, mapped from disk: the encoder's columns, and `length`."""
+        return self.load_all().select_columns([*self.columns, "length"])
 
-        return load_from_disk(str(self.path / "rows"))
+    def load_all(self) -> "Dataset":
+        """The samples with all that is known of each."""
+        from datasets import Dataset
 
+        return Dataset.from_file(str(self.path / "rows.arrow"))
 
-@dataclass(frozen=True)
-class PreparedRow:
-    """One prepared row, how many of its tokens are trained, and whether its end was cut off."""
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """One number of each sample, `(num_rows,)`."""
+        return np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in self.load_all().data.column(name).chunks])
 
-    columns: dict[str, Any]
-    length: int
-    num_trained: int
-    truncated: bool
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Makes a prepared row of a row, or None of one that is to be left out."""
-
-    encode: Callable[[Row], PreparedRow | None]
-    tokenizer: str
-    """Hash of the tokenizer: under one and the same chat contract, two vocabularies give other ids."""
+    def num_trained_by_token(self) -> npt.NDArray[np.int64]:
+        """How often each token of the vocabulary is trained, `(vocabulary,)`."""
+        counts: npt.NDArray[np.int64] = np.load(self.path / "trained.npy")
+        return counts
 
 
-def prepare(context: StageContext[Any], given: Input, encoder: Encoder, key: dict[str, Any]) -> Prepared:
-    """Encode every row of an input, or find it encoded already.
+def prepare(context: StageContext[Any], given: Input, encoder: Encoder, *, fatal: Collection[Fault] = ()) -> Prepared:
+    """Encode every row of an input, or find it encoded already. Writes `prepared.json` into the stage directory.
 
-    `key` holds all that the encoder depends on but data and tokenizer. Writes `prepared.json` into the stage directory.
+    The first row with a fault that is `fatal` ends it. Of several processes that want the same at once, one makes it.
     """
-    digest = disk.hash_json({"version": VERSION, "data": given.fingerprint, "tokenizer": encoder.tokenizer, **key})
-    path = context.root / ".prepared" / digest[:32]
-    if not (path / "manifest.json").is_file():
-        _encode_all(context, given, encoder, path)
+    path = context.root / ".prepared" / _key(context, given, encoder)
+    if not _is_whole(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        progress = Progress(context.directory, is_main=context.is_main)
+        progress.phase("wait for another process that prepares the same data")
+        with _alone(path):
+            if not _is_whole(path):
+                progress.phase("prepare data")
+                _encode_all(context, given, encoder, path, frozenset(fatal), progress)
     prepared = Prepared(path, **disk.read_json(path / "manifest.json"))
-    write_summary(context, prepared.describe(given.name), path)
+    disk.write_json(context.directory / FILE, {"path": str(path)})
     return prepared
-
-
-def write_summary(context: StageContext[Any], lines: list[str], path: Path | None = None) -> None:
-    """Leave in the stage directory what the user is to be told of the data, and where they lie prepared."""
-    disk.write_json(context.directory / FILE, {"path": str(path) if path else None, "summary": lines})
 
 
 def read_prepared(context: StageContext[Any]) -> Prepared:
@@ -106,137 +108,175 @@ def read_prepared(context: StageContext[Any]) -> Prepared:
     return Prepared(path, **disk.read_json(path / "manifest.json"))
 
 
-def _encode_all(context: StageContext[Any], given: Input, encoder: Encoder, path: Path) -> None:
-    from datasets import Dataset
-
-    source = open_source(given.data, f"{context.at}: {given.name}")
-    rows, num_dropped = [], 0
-    for row in source.rows():
-        encoded = encoder.encode(row)
-        if encoded is None:
-            num_dropped += 1
-        else:
-            rows.append(encoded)
-    if not rows:
-        raise UserError(f"{context.at}: no row of {given.name} is left to train on: {num_dropped} are over max_length; raise it")
-    columns = {name: [row.columns[name] for row in rows] for name in rows[0].columns}
-    manifest = {
-        "num_rows": len(rows),
-        "num_tokens": sum(row.length for row in rows),
-        "num_trained_tokens": sum(row.num_trained for row in rows),
-        "num_dropped": num_dropped,
-        "num_truncated": sum(row.truncated for row in rows),
-        "num_invalid": len(source.invalid),
-        "formats": describe_formats(source),
-        "first_invalid": next(iter(source.invalid.values()), None),
-    }
-    aside = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    aside.mkdir(parents=True)
-    try:
-        Dataset.from_dict({**columns, "length": [row.length for row in rows]}).save_to_disk(str(aside / "rows"))
-        disk.write_json(aside / "manifest.json", manifest)
-        if path.exists() and not (path / "manifest.json").is_file():
-            shutil.rmtree(path)
-        try:
-            disk.publish_directory(aside, path)
-        except OSError:
-            if not (path / "manifest.json").is_file():  # unless another process was faster with the very same
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def describe_formats(source: OpenSource) -> list[str]:
     """How each entry of a source is read."""
     return [f"{entry.path} is {entry.format}" + (", as its columns tell" if entry.detected else "") for entry in source.entries]
 
 
-def conversation_encoder(
-    tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, *, max_length: int, on_overflow: str, at: str
-) -> Encoder:
-    """An encoder of conversations into `input_ids` and `labels`, both `(T,)`: only assistant turns and their stops are labels."""
-
-    def encode_row(row: Row) -> PreparedRow | None:
-        if not isinstance(row, Conversation):
-            raise UserError(f"{row.origin}: is a preference pair, and {at} trains on conversations")
-        if not any(message["role"] == "assistant" for message in row.messages):
-            raise UserError(f"{row.origin}: has no assistant turn, so there is nothing to train; drop the row")
-        encoded = encode(tokenizer, row.messages, row.tools, contract.stop_tokens[0], row.origin)
-        if _overflows(len(encoded.ids), max_length, on_overflow, row.origin, at):
-            return None
-        ids, trained = encoded.ids[:max_length], encoded.trained[:max_length]
-        # The first token is predicted from nothing, so it can never be a target.
-        labels = [token if is_trained else IGNORED for token, is_trained in zip(ids, [False, *trained[1:]], strict=True)]
-        num_trained = sum(label != IGNORED for label in labels)
-        if num_trained == 0:
-            if len(encoded.ids) > max_length:
-                return None
-            raise UserError(f"{row.origin}: no token of it is trained; drop the row, or set train: true on an assistant turn")
-        return PreparedRow({"input_ids": ids, "labels": labels}, len(ids), num_trained, len(encoded.ids) > max_length)
-
-    return Encoder(encode_row, _hash_tokenizer(tokenizer))
+def question_bits(row: Row) -> int:
+    """64 bits that two rows share if they ask the same, white space and letter case aside."""
+    return unit_bits(question(row))
 
 
-def pair_encoder(tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, *, max_length: int, on_overflow: str, at: str) -> Encoder:
-    """An encoder of preference pairs into `prompt_ids`, `chosen_ids` and `rejected_ids`, each `(T,)`, answers with their stops."""
-
-    def encode_row(row: Row) -> PreparedRow | None:
-        if not isinstance(row, Pair):
-            raise UserError(f"{row.origin}: is a conversation, and {at} learns from preference pairs")
-        prompt, chosen, rejected = encode_pair(tokenizer, contract, row)
-        if chosen == rejected:
-            raise UserError(f"{row.origin}: chosen and rejected are the same answer; drop the row")
-        longest = len(prompt) + max(len(chosen), len(rejected))
-        if _overflows(longest, max_length, on_overflow, row.origin, at):
-            return None
-        room = max_length - len(prompt)
-        cut_chosen, cut_rejected = chosen[: max(room, 0)], rejected[: max(room, 0)]
-        if not cut_chosen or cut_chosen == cut_rejected:
-            return None  # nothing is left that tells the two apart
-        length = 2 * len(prompt) + len(cut_chosen) + len(cut_rejected)
-        columns = {"prompt_ids": prompt, "chosen_ids": cut_chosen, "rejected_ids": cut_rejected}
-        return PreparedRow(columns, length, len(cut_chosen) + len(cut_rejected), longest > max_length)
-
-    return Encoder(encode_row, _hash_tokenizer(tokenizer))
+def _key(context: StageContext[Any], given: Input, encoder: Encoder) -> str:
+    """What decides the content: the data by their bytes, the encoder, and the code."""
+    hashes = disk.HashCache(context.root / ".hashes.json")
+    data = fingerprint_source(given.data, f"{context.at}: {given.name}", hashes)
+    hashes.save()
+    return disk.hash_json({"code": _hash_code(), "data": data, "encoder": encoder.key})[:32]
 
 
-def encode_pair(tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, row: Pair) -> tuple[list[int], list[int], list[int]]:
-    """Token ids of the prompt and of the two answers, each answer up to and with its stop token."""
-    prompt, chosen = _split_answer(tokenizer, contract, row, row.chosen, "chosen")
-    prompt_of_rejected, rejected = _split_answer(tokenizer, contract, row, row.rejected, "rejected")
-    assert prompt == prompt_of_rejected, "a prompt is tokenized before its answer exists"
-    return prompt, chosen, rejected
+@cache
+def _hash_code() -> str:
+    """Hash of the code that makes samples of files: ours by its text, that of libraries by version."""
+    package = Path(__file__).parent
+    ours = [package.parent / "chat.py", *sorted(package.glob("*.py"))]
+    libraries = {name: version(name) for name in ("jinja2", "tokenizers", "transformers")}
+    return disk.hash_json({"ours": [disk.hash_file(path) for path in ours], **libraries})
 
 
-def _split_answer(
-    tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, row: Pair, answer: list[Message], name: str
-) -> tuple[list[int], list[int]]:
-    if len(answer) != 1:
-        raise UserError(
-            f"{row.origin}: {name} holds {len(answer)} messages, and what stands between answers would be learned with them; "
-            "compare single answers, with all before them in the prompt"
-        )
-    context = [_trained(message, False) if message["role"] == "assistant" else message for message in row.prompt]
-    encoded = encode(tokenizer, [*context, _trained(answer[0], True)], row.tools, contract.stop_tokens[0], row.origin)
-    start = encoded.trained.index(True)
-    return encoded.ids[:start], encoded.ids[start : start + sum(encoded.trained)]
+def _is_whole(path: Path) -> bool:
+    return (path / "manifest.json").is_file()
 
 
-def _trained(message: Message, train: bool) -> Message:
-    return {**message, "train": train}
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process makes `path`, and take away what a killed one left. A disk without locks lets all go on."""
+    with path.with_name(f".{path.name}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in path.parent.glob(f".{path.name}.partial-*"):
+                shutil.rmtree(left, ignore_errors=True)
+        except OSError:
+            pass  # each then makes its own, and the first one done is kept
+        yield
 
 
-def _hash_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Hash of all that turns text into ids; of the vocabulary alone where there is no `tokenizers` object to ask."""
-    return disk.hash_json(tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab())
+@dataclass(frozen=True)
+class _Chunk:
+    """What a worker made of some rows."""
+
+    batch: "pa.RecordBatch"
+    num_read: int
+    num_tokens: int
+    left_out: Counter[str]
+    examples: dict[str, str]
+    trained: tuple[npt.NDArray[Any], npt.NDArray[np.int64]]
+    """The tokens that are trained, and how often each."""
 
 
-def _overflows(length: int, max_length: int, on_overflow: str, origin: str, at: str) -> bool:
-    """Whether to leave the row out for its length. Raises `UserError` where the config wants neither that nor a cut."""
-    if length <= max_length:
-        return False
-    if on_overflow == "error":
-        raise UserError(
-            f"{origin}: {length} tokens, over {at}.max_length: {max_length}; raise it, or set {at}.on_overflow to drop or truncate"
-        )
-    return on_overflow == "drop"
+@dataclass
+class _Total:
+    """The sums over all chunks."""
+
+    trained: npt.NDArray[np.int64]
+    num_read: int = 0
+    num_rows: int = 0
+    num_tokens: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, chunk: _Chunk) -> None:
+        self.num_read += chunk.num_read
+        self.num_rows += chunk.batch.num_rows
+        self.num_tokens += chunk.num_tokens
+        self.left_out += chunk.left_out
+        self.examples = chunk.examples | self.examples
+        tokens, counts = chunk.trained
+        self.trained[tokens] += counts
+
+
+def _encode_all(
+    context: StageContext[Any], given: Input, encoder: Encoder, path: Path, fatal: frozenset[Fault], progress: Progress
+) -> None:
+    source = open_source(given.data, f"{context.at}: {given.name}")
+    aside = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")
+    aside.mkdir()
+    try:
+        total = _write_rows(aside / "rows.arrow", _encode_chunks(encoder, source.rows(), fatal), encoder, progress)
+        if not total.num_rows:
+            raise UserError(f"{context.at}: no row of {given.name} is left to train on; the first: {next(iter(total.examples.values()))}")
+        np.save(aside / "trained.npy", total.trained)
+        manifest = {
+            "num_read": total.num_read,
+            "num_rows": total.num_rows,
+            "num_tokens": total.num_tokens,
+            "num_trained_tokens": int(total.trained.sum()),
+            "left_out": dict(total.left_out),
+            "examples": total.examples,
+            "num_invalid": len(source.invalid),
+            "first_invalid": next(iter(source.invalid.values()), None),
+            "formats": describe_formats(source),
+            "columns": list(encoder.columns),
+        }
+        disk.write_json(aside / "manifest.json", manifest)
+        if path.exists() and not _is_whole(path):
+            shutil.rmtree(path)
+        try:
+            disk.publish_directory(aside, path)
+        except OSError:
+            if not _is_whole(path):  # unless, on a disk without locks, another process was faster with the very same
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _encode_chunks(encoder: Encoder, rows: Iterable[Row], fatal: frozenset[Fault]) -> Iterator[_Chunk]:
+    return map_chunks(lambda chunk: _encode_chunk(encoder, chunk, fatal), enumerate(rows), chunk_size=ROWS_AT_ONCE)
+
+
+def _encode_chunk(encoder: Encoder, rows: Sequence[tuple[int, Row]], fatal: frozenset[Fault]) -> _Chunk:
+    import pyarrow as pa
+
+    columns: dict[str, list[Any]] = {name: [] for name in (*encoder.columns, *SAID_BY_ROW)}
+    left_out: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    targets: list[int] = []
+    for index, row in rows:
+        try:
+            sample = encoder.encode(row)
+        except LeftOut as fault:
+            if fault.fault in fatal:
+                raise
+            left_out[fault.fault] += 1
+            examples.setdefault(fault.fault, str(fault))
+            continue
+        said = {
+            **sample.columns,
+            "row": index,
+            "origin": row.origin,
+            "length": sample.length,
+            "fingerprint": sample.fingerprint,
+            "question": question_bits(row),
+            "is_cut": sample.is_cut,
+            "is_unstopped": sample.is_unstopped,
+            "is_asked_otherwise": sample.is_asked_otherwise,
+        }
+        for name, value in said.items():
+            columns[name].append(value)
+        targets += sample.targets
+    batch = pa.RecordBatch.from_pydict(columns, schema=_schema(encoder))
+    trained = np.unique(np.asarray(targets, dtype=np.int64), return_counts=True)
+    return _Chunk(batch, len(rows), sum(columns["length"]), left_out, examples, trained)
+
+
+def _schema(encoder: Encoder) -> "pa.Schema":
+    import pyarrow as pa
+
+    types = {"row": pa.int64(), "origin": pa.string(), "length": pa.int32(), "fingerprint": pa.uint64(), "question": pa.uint64()}
+    return pa.schema(
+        [(name, pa.list_(pa.int32())) for name in encoder.columns] + [(name, types.get(name, pa.bool_())) for name in SAID_BY_ROW]
+    )
+
+
+def _write_rows(path: Path, chunks: Iterable[_Chunk], encoder: Encoder, progress: Progress) -> _Total:
+    import pyarrow as pa
+
+    total = _Total(np.zeros(encoder.vocabulary_size, dtype=np.int64))
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _schema(encoder)) as writer:
+        for chunk in chunks:
+            if chunk.batch.num_rows:
+                writer.write_batch(chunk.batch)
+            total.add(chunk)
+            progress.step(total.num_read)
+    return total

@@ -72,6 +72,12 @@ def prompt_text(row: Row) -> str:
     return "".join(f"{message['role']}\n{message['content']}\n" for message in _prompt(row))
 
 
+def question(row: Row) -> str:
+    """What is asked, in a form that two rows share if they ask the same: without system prompt, white space and case aside."""
+    asked = [message["content"] for message in _prompt(row) if message["role"] in ("user", "tool")]
+    return " ".join(" ".join(asked).casefold().split())
+
+
 def _prompt(row: Row) -> list[Message]:
     if isinstance(row, Pair):
         return row.prompt

@@ -145,8 +145,12 @@ def is_held_out(row: Row, source: DataSource) -> bool:
 
 def unit(seed: int, text: str) -> float:
     """A number in [0, 1), even over texts and the same on every machine."""
-    digest = hashlib.blake2b(f"{seed}\n{text}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) / 2**53
+    return (unit_bits(f"{seed}\n{text}") >> 11) / 2**53
+
+
+def unit_bits(text: str) -> int:
+    """64 bits, even over texts and the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def draw(num_rows: int, take: int, seed: int, salt: str) -> Sequence[int]:
@@ -172,7 +176,7 @@ def _records(source: DataSource, path: str, at: str) -> Records:
     try:
         if is_hub_id(name):
             return open_hub(name, revision=revision, subset=source.subset, split=source.split)
-        return open_file(path)
+        return open_file(path, source.column_names)
     except UserError as error:
         raise UserError(f"{at}: data: {error}") from None
 

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING
 from posttrain import disk
 from posttrain.artifact import FILE as ARTIFACT_FILE
 from posttrain.artifact import OUTPUT
-from posttrain.data.prepared import FILE as PREPARED_FILE
 from posttrain.error import EXIT_PREEMPTED, Preempted, StageFailed, UserError
-from posttrain.ledger import Attempt
+from posttrain.ledger import PREFLIGHT_FILE, Attempt
 from posttrain.progress import Watcher
 from posttrain.worker import ERROR_FILE, Phase, worker
 
@@ -60,8 +59,11 @@ def local_launcher(console: "Console") -> Iterator[Callable[[Path, Attempt], Non
     def launch(directory: Path, attempt: Attempt) -> None:
         with Watcher(directory, attempt.name, console) as watcher:
             if not (directory / OUTPUT).is_dir():
-                _run_phase(directory, attempt, "prepare", 1, watcher)
-                _tell_summary(directory, console)
+                (directory / PREFLIGHT_FILE).unlink(missing_ok=True)  # it tells of the attempt before
+                try:
+                    _run_phase(directory, attempt, "prepare", 1, watcher)
+                finally:
+                    _tell_summary(directory, console)
                 _run_phase(directory, attempt, "run", attempt.num_processes, watcher)
             _run_phase(directory, attempt, "verify", 1, watcher)
         if not (directory / ARTIFACT_FILE).is_file():
@@ -72,7 +74,7 @@ def local_launcher(console: "Console") -> Iterator[Callable[[Path, Attempt], Non
 
 def _tell_summary(directory: Path, console: "Console") -> None:
     """Print what the stage's preparation found out about its data."""
-    for line in (disk.read_json(directory / PREPARED_FILE) or {}).get("summary", []):
+    for line in (disk.read_json(directory / PREFLIGHT_FILE) or {}).get("summary", []):
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -10,9 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from posttrain.batch import epoch_order
-from posttrain.disk import read_json
 from stages.dpo import LossType
-from tests.conftest import Ended, read_lines
+from tests.conftest import Ended, read_lines, read_samples
 
 Cli = Callable[..., Ended]
 FROM_BASE = ("stages.dpo.inputs.policy=base",)
@@ -62,10 +61,8 @@ def reference_losses(directory: Path, rows: list[dict[str, Any]], *, num_steps: 
 
 
 def test_losses_equal_those_of_the_paper(posttrain: Cli, pipeline_file: Path, tmp_path: Path) -> None:
-    from datasets import load_from_disk
-
     stage = run(posttrain, pipeline_file, tmp_path, *CONSTANT, "stages.dpo.beta=0.3")
-    rows = list(load_from_disk(str(Path(read_json(stage / "prepared.json")["path"]) / "rows")))
+    rows = read_samples(stage)
     expected = reference_losses(tmp_path / "test" / "sft" / "output", rows, num_steps=4, batch=8, lr=1e-3, beta=0.3)
     assert losses(stage) == pytest.approx(expected, rel=1e-4)
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.batch import epoch_order
 from posttrain.disk import hash_file, read_json
-from tests.conftest import Ended, read_lines
+from tests.conftest import Ended, read_lines, read_samples
 
 Cli = Callable[..., Ended]
 CONSTANT = ("stages.sft.lr_scheduler_type=constant", "stages.sft.warmup_steps=0")
@@ -40,12 +40,6 @@ def one_process(plain: dict[str, Path], posttrain: Cli, pipeline_file: Path, tmp
     if "stage" not in plain:
         plain["stage"] = run_sft(posttrain, pipeline_file, tmp_path_factory.mktemp("plain"), *CONSTANT)
     return plain["stage"]
-
-
-def prepared_rows(stage: Path) -> list[dict[str, Any]]:
-    from datasets import load_from_disk
-
-    return list(load_from_disk(str(Path(read_json(stage / "prepared.json")["path"]) / "rows")))
 
 
 def start_model(tiny: Path, published: Path) -> Any:
@@ -82,7 +76,7 @@ def reference_losses(model: Any, rows: list[dict[str, Any]], *, num_steps: int, 
 
 
 def test_losses_equal_those_of_a_plain_loop(one_process: Path, tiny: Path) -> None:
-    expected = reference_losses(start_model(tiny, one_process / "output"), prepared_rows(one_process), num_steps=6, batch=8, lr=1e-3)
+    expected = reference_losses(start_model(tiny, one_process / "output"), read_samples(one_process), num_steps=6, batch=8, lr=1e-3)
     assert losses(one_process) == pytest.approx(expected, rel=1e-5)
 
 
@@ -119,7 +113,7 @@ def test_where_and_how_fast_it_trains_changes_no_loss(
 def test_a_position_whose_target_is_masked_gets_exactly_no_gradient(one_process: Path, tiny: Path) -> None:
     from trl.trainer.utils import add_fused_lm_head
 
-    row = prepared_rows(one_process)[0]
+    row = read_samples(one_process)[0]
     model = start_model(tiny, one_process / "output")
     add_fused_lm_head(model)
     seen: list[torch.Tensor] = []
@@ -140,7 +134,7 @@ def test_a_position_whose_target_is_masked_gets_exactly_no_gradient(one_process:
 
 def test_only_answers_and_their_stop_tokens_are_labels(one_process: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(one_process / "output")
-    row = prepared_rows(one_process)[0]
+    row = read_samples(one_process)[0]
     assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "the colour is red<|im_end|>there are 0<|im_end|>"
 
 
@@ -188,7 +182,7 @@ def test_lora_publishes_merged_weights_with_the_adapter_beside_them(
     before = base.get_input_embeddings().weight.detach().clone()
     adapted = PeftModel.from_pretrained(base, str(stage / "output" / "adapter"))
     merged = AutoModelForCausalLM.from_pretrained(stage / "output")
-    ids = torch.tensor([prepared_rows(stage)[0]["input_ids"]])
+    ids = torch.tensor([read_samples(stage)[0]["input_ids"]])
     torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
     after = merged.get_input_embeddings().weight
     old = AutoModelForCausalLM.from_pretrained(tiny).config.vocab_size
