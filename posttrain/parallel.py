@@ -33,9 +33,7 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield chunk
 
 
-def map_chunks(
-    work: Callable[[Sequence[T]], R], items: Iterable[T], *, chunk_size: int, num_processes: int | None = None
-) -> Iterator[R]:
+def map_chunks(work: Callable[[Sequence[T]], R], items: Iterable[T], *, chunk_size: int, num_processes: int | None = None) -> Iterator[R]:
     """`work` of each chunk of `items`, in order, whatever process is done first; by default with a process for each core.
 
     `work` may be a closure, since the processes are forked after it is made; items and results are sent by pickle. One chunk,
