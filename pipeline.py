@@ -574,7 +574,7 @@ def inspect_command(
         raise UserError(f"{stage}: no such stage; {nearest(stage, [node.name for node in nodes])}")
     if node.stage.encoder is None:
         able = [other.name for other in nodes if other.stage.encoder is not None]
-        raise UserError(f"{stage}: a {node.stage.kind} stage trains on no rows; {nearest(stage, able) if able else 'no stage does'}")
+        raise UserError(f"{stage}: stages of the kind {node.stage.kind} train on no rows; {nearest(stage, able) if able else 'no stage does'}")
     policy, first = _tokenizing_policy(node)
     data = _as_input(node.inputs["data"][0])
 

@@ -233,7 +233,7 @@ def _text(tokens: Sequence[Token], *, plain: bool) -> "Text":
     from rich.text import Text
 
     text = Text(overflow="fold")
-    for key, group in itertools.groupby(tokens, key=lambda token: (token.is_cut, token.is_trained)):
+    for key, group in itertools.groupby(tokens, key=lambda token: (token.is_cut, token.is_trained and not (plain and token.is_cut))):
         is_cut, is_trained = key
         if plain:
             opening, closing = ("⟪", "⟫") if is_trained else ("", "")
