@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,8 +73,6 @@ class Node:
     run: str
     root: Path
     directory: Path
-    held_out: tuple[Pinned, ...]
-    """Data sets of the pipeline that a stage which writes a report measures on."""
 
     @property
     def reads(self) -> list["Node | Pinned"]:
@@ -109,10 +107,7 @@ def plan(config: PipelineConfig, root: Path) -> list[Node]:
     nodes: dict[str, Node] = {}
     for name, raw in config.stages.items():
         nodes[name] = _wire(name, dict(raw), config, {**sources, **nodes}, root)
-    reports = [node for node in nodes.values() if node.stage.output == "report"]
-    measured = {entry.name: entry for node in reports for entry in node.reads if isinstance(entry, Pinned)}
-    held_out = tuple(entry for entry in measured.values() if isinstance(entry.source, DataSource))
-    return [replace(node, held_out=held_out) for node in nodes.values()]
+    return list(nodes.values())
 
 
 def _wire(name: str, raw: dict[str, Any], config: PipelineConfig, known: Mapping[str, Node | Pinned], root: Path) -> Node:
@@ -132,7 +127,7 @@ def _wire(name: str, raw: dict[str, Any], config: PipelineConfig, known: Mapping
     }
     fingerprint = disk.hash_json(recipe)
     directory = root / config.run / name
-    return Node(name, stage, settings, inputs, num_processes, identical, fingerprint, config.run, root, directory, held_out=())
+    return Node(name, stage, settings, inputs, num_processes, identical, fingerprint, config.run, root, directory)
 
 
 def _read_wires(
@@ -321,7 +316,7 @@ def execute(nodes: Sequence[Node], selected: Sequence[Node], rebuild: Sequence[s
             if decision.action in WORK:
                 if launch is None:  # what was to be reused is gone since
                     launch = stack.enter_context(open_launcher(launcher, console))
-                _build(node, decision.action, launch)
+                _build(node, decision.action, launch, measured_on(nodes))
             elif decision.found:
                 _reuse(node, decision.found)
             done = artifact.read_artifact(node.directory)
@@ -335,14 +330,20 @@ def _refuse(node: Node, decision: Decision) -> None:
         raise UserError(f"stages.{node.name}: {decision.why}; wait for it, or stop it")
 
 
-def _build(node: Node, action: Action, launch: "Launch") -> None:
+def measured_on(nodes: Sequence[Node]) -> list[Pinned]:
+    """The data sets that stages which write a report measure on: none of their rows should be trained on."""
+    read = {entry.name: entry for node in nodes if node.stage.output == "report" for entry in node.reads if isinstance(entry, Pinned)}
+    return [entry for entry in read.values() if isinstance(entry.source, DataSource)]
+
+
+def _build(node: Node, action: Action, launch: "Launch", held_out: Sequence[Pinned]) -> None:
     with _held(node):
         if action != "rebuild" and artifact.read_artifact(node.directory):
             raise UserError(f"stages.{node.name}: another process finished it just now; run the same command again to go on from there")
         if action != "resume":
             _move_aside(node)
         try:
-            launch(node.directory, _start(node))
+            launch(node.directory, _start(node, held_out))
         except StageFailed as failure:
             if disk.is_full(node.directory):  # then the stage could not even leave word of why it failed
                 raise OSError(errno.ENOSPC, str(failure)) from failure
@@ -374,7 +375,7 @@ def _move_aside(node: Node) -> None:
     disk.move_aside([node.directory / name for name in ledger.BUILT], node.root / node.run / ".old" / node.name)
 
 
-def _start(node: Node) -> ledger.Attempt:
+def _start(node: Node, held_out: Sequence[Pinned] = ()) -> ledger.Attempt:
     return ledger.start_attempt(
         node.directory,
         stage=node.stage,
@@ -385,7 +386,7 @@ def _start(node: Node) -> ledger.Attempt:
         identity=node.identity,
         config=node.config,
         inputs={role: [_record(entry) for entry in entries] for role, entries in node.inputs.items()},
-        held_out=[_record(entry) for entry in node.held_out],
+        held_out=[_record(entry) for entry in held_out],
         num_processes=node.num_processes,
     )
 
@@ -574,7 +575,9 @@ def inspect_command(
         raise UserError(f"{stage}: no such stage; {nearest(stage, [node.name for node in nodes])}")
     if node.stage.encoder is None:
         able = [other.name for other in nodes if other.stage.encoder is not None]
-        raise UserError(f"{stage}: stages of the kind {node.stage.kind} train on no rows; {nearest(stage, able) if able else 'no stage does'}")
+        raise UserError(
+            f"{stage}: stages of the kind {node.stage.kind} train on no rows; {nearest(stage, able) if able else 'no stage does'}"
+        )
     policy, first = _tokenizing_policy(node)
     data = _as_input(node.inputs["data"][0])
 

@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,7 +98,8 @@ def read_attempt(directory: Path) -> Attempt | None:
 
 def start_attempt(
     directory: Path, *, stage: Stage[Any], name: str, run: str, root: Path, fingerprint: str, identity: Mapping[str, Any],
-    config: StageConfig, inputs: dict[str, list[dict[str, Any]]], held_out: list[dict[str, Any]], num_processes: int,
+    config: StageConfig, inputs: dict[str, list[dict[str, Any]]], num_processes: int,
+    held_out: Sequence[dict[str, Any]] = (),
 ) -> Attempt:  # fmt: skip
     """Write `stage.json` for a new attempt, with a log directory of its own."""
     logs = directory / "logs"
@@ -117,7 +118,7 @@ def start_attempt(
         identity=dict(identity),
         config=config.model_dump(mode="json"),
         inputs=inputs,
-        held_out=held_out,
+        held_out=list(held_out),
         num_processes=num_processes,
         number=number,
         started=now(),

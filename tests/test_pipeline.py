@@ -20,7 +20,7 @@ from posttrain.checkpoint import mark_complete
 from posttrain.config import read_pipeline
 from posttrain.error import Preempted, StageFailed
 from posttrain.provenance import now
-from posttrain.recipe import TrainingExecution
+from posttrain.recipe import PreflightLimits, TrainingExecution
 from posttrain.stage import StageConfig, load_stage
 from stages import STAGES
 
@@ -365,6 +365,7 @@ OTHER_EXECUTION = {
     "attn_implementation": "sdpa",
     "save_steps": "7",
     "logging_steps": "7",
+    "preflight": "{padding: 0.9}",
 }
 
 
@@ -386,7 +387,7 @@ def test_spelling_out_the_defaults_does_not_change_a_fingerprint(project: Projec
     fields = load_stage(stage, "").config.model_fields
     given = {"sft": {"learning_rate"}, "dpo": {"beta"}, "eval": set()}[stage]
     defaults = {name: info.get_default(call_default_factory=True) for name, info in fields.items() if name not in given}
-    spelled_out = [f"stages.{stage}.{name}={json.dumps(value)}" for name, value in defaults.items()]
+    spelled_out = [f"stages.{stage}.{name}={json.dumps(value, default=PreflightLimits.model_dump)}" for name, value in defaults.items()]
     assert project.fingerprints(*spelled_out) == project.fingerprints()
 
 
