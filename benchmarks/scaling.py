@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 MODEL = Path(__file__).parent.parent / "posttrain" / "quickstart" / "base"
-WORDS = "the a bird sky blue how many are there and why it is red green tree water house count turn list over word".split()
+WORDS = "the a bird sky blue how many are there and why it is red green tree water house count turn list over word"
 SAMPLE_EVERY_S = 0.2
 
 
@@ -28,8 +28,8 @@ def write_rows(path: Path, num_rows: int) -> None:
     draw = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for number in range(num_rows):
-            question = " ".join(draw.choices(WORDS, k=draw.randint(5, 20)))
-            answer = " ".join(draw.choices(WORDS, k=draw.randint(5, 30)))
+            question = " ".join(draw.choices(WORDS.split(), k=draw.randint(5, 20)))
+            answer = " ".join(draw.choices(WORDS.split(), k=draw.randint(5, 30)))
             file.write(json.dumps({"prompt": f"{question} {number}?", "completion": answer}) + "\n")
 
 

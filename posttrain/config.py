@@ -66,6 +66,8 @@ class DataSource(Config):
     """How a row is laid out; by default read off the columns, where they leave no doubt."""
     columns: dict[str, str] = {}
     """Our field name to the name of the column that holds it, e.g. `{prompt: question, completion: answer}`."""
+    column_names: list[str] | None = None
+    """Names of the columns of a CSV file that has no header line, as in `datasets`; by default the first line names them."""
     weights: list[float] | None = None
     """Share of the rows taken from each entry of `data`; no row is repeated, so the scarcest entry sets the total."""
     subset: str | None = None
@@ -100,6 +102,8 @@ class DataSource(Config):
         for entry in self.paths:
             name, _, revision = entry.partition("@")
             _check_pin(name, revision or None, field="data", pin_field="data")
+        if self.column_names is not None:
+            _check_column_names(self.column_names, self.paths)
         if self.weights is not None:
             if len(self.weights) != len(self.paths):
                 raise ValueError(f"weights: {len(self.weights)} given for {len(self.paths)} entries of data; give one for each")
@@ -331,6 +335,15 @@ def _check_pin(name: str, revision: str | None, *, field: str, pin_field: str) -
             raise ValueError(f"{pin_field}: {revision!r} is no commit hash; a branch or tag moves, so give the 40 hex digits it points to")
     elif revision is not None:
         raise ValueError(f"{pin_field}: {name!r} is a local path and has no revision; leave it out")
+
+
+def _check_column_names(names: list[str], paths: Sequence[str]) -> None:
+    if not names:
+        raise ValueError("column_names: the list is empty; name every column, or leave it out")
+    if twice := next((name for index, name in enumerate(names) if name in names[:index]), None):
+        raise ValueError(f"column_names: {twice!r} stands twice; rename one")
+    if other := next((path for path in paths if not path.lower().removesuffix(".gz").endswith(".csv")), None):
+        raise ValueError(f"column_names: has no effect on {other!r}, which is no CSV file; leave it out, or make two sources")
 
 
 def _explain(cls: type[Config], error: ValidationError, at: str) -> str:

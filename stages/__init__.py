@@ -1,6 +1,7 @@
 """The table of stages: kind to module. A new stage is one new file here and one line below."""
 
 STAGES = {
+    "curate": "stages.curate",
     "sft": "stages.sft",
     "dpo": "stages.dpo",
     "eval": "stages.eval",

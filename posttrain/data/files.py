@@ -11,7 +11,7 @@ import importlib
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,16 +28,20 @@ MAX_CSV_FIELD = 2**31 - 1
 PARQUET_BATCH_ROWS = 256
 
 
-def open_file(path: str) -> Records:
+def open_file(path: str, column_names: Sequence[str] | None = None) -> Records:
     """The records of a `.json`, `.jsonl`, `.csv` (each also `.gz`) or `.parquet` file, in order.
 
-    Raises `UserError` at once where the file is missing, empty or of no known kind, and while iterating, naming the line,
-    where its content is malformed. A file may turn out to hold no records at all.
+    `column_names` is for a CSV file without a header line, whose first line is then a record. Raises `UserError` at once where
+    the file is missing, empty or of no known kind, and while iterating, naming the line, where its content is malformed. A
+    file may turn out to hold no records at all.
     """
     _check_readable(path)
     reader = _reader(path)
     if reader is None:
         raise UserError(f"{path} is of no known kind; give a .json, .jsonl, .csv (each may end in .gz) or .parquet file")
+    if column_names is not None:
+        assert reader is _read_csv, "the config lets only CSV files have them"
+        return _read_csv(path, list(column_names))
     return reader(path)
 
 
@@ -119,10 +123,10 @@ def _read_jsonl(path: str) -> Records:
         yield position, _object(record, position)
 
 
-def _read_csv(path: str) -> Records:
+def _read_csv(path: str, column_names: list[str] | None = None) -> Records:
     csv.field_size_limit(MAX_CSV_FIELD)
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
-    header: list[str] | None = None
+    header = column_names
     while True:
         start = reader.line_num + 1
         try:
@@ -136,7 +140,8 @@ def _read_csv(path: str) -> Records:
         if header is None:
             header = _header(fields, f"{path}:{start}")
         elif len(fields) != len(header):
-            raise UserError(f"{path}:{start}: has {len(fields)} fields, but the header has {len(header)}; quote fields that hold commas")
+            names = "the header" if column_names is None else "column_names"
+            raise UserError(f"{path}:{start}: has {len(fields)} fields, but {names} has {len(header)}; quote fields that hold commas")
         else:
             yield f"{path}:{start}", dict(zip(header, fields, strict=True))
 

@@ -61,6 +61,16 @@ def test_csv_positions_are_the_first_line_of_each_record(tmp_path):
         assert got == [(f"{path}:{line}", {"prompt": p, "completion": c}) for line, p, c in expected]
 
 
+def test_a_csv_file_without_a_header_gets_its_names_from_outside(tmp_path):
+    path = write(tmp_path / "x.csv", 'one,two\r\n"a, b",c\r\n')
+    expected = [(f"{path}:1", {"q": "one", "a": "two"}), (f"{path}:2", {"q": "a, b", "a": "c"})]
+    assert list(open_file(path, ["q", "a"])) == expected
+    packed = write(tmp_path / "x.csv.gz", gzip.compress(Path(path).read_bytes()))
+    assert [record for _, record in open_file(packed, ["q", "a"])] == [record for _, record in expected]
+    with pytest.raises(UserError, match=r"x.csv:1: has 2 fields, but column_names has 3"):
+        list(open_file(path, ["q", "a", "more"]))
+
+
 def test_csv_takes_a_field_longer_than_the_csv_module_does_by_default(tmp_path):
     path = write(tmp_path / "x.csv", "a\n" + "x" * 200_000 + "\n")
     assert len(next(open_file(path))[1]["a"]) == 200_000

@@ -423,3 +423,38 @@ def test_a_mixture_of_public_data_sets_has_the_shares_asked_for():
     rows: list[Row] = list(opened(paths, weights=[0.8, 0.2]).rows())
     assert Counter(row.origin.rpartition("/")[2].partition(".")[0] for row in rows) == {"sft": 3996, "alpaca_en_demo": 999}
     assert len({row.origin for row in rows}) == len(rows)
+
+
+def test_column_names_are_for_csv_files_without_a_header(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("q0,a0\nq1,a1\n")
+    assert answers(opened(str(path), column_names=["prompt", "completion"])) == ["a0", "a1"]
+    renamed = opened(str(path), column_names=["x", "y"], columns={"prompt": "x", "completion": "y"})
+    assert answers(renamed) == ["a0", "a1"]
+    assert [row.origin for row in renamed.rows()] == [f"{path}:1", f"{path}:2"]
+
+
+@pytest.mark.parametrize(
+    "fields, problem",
+    [
+        ({"data": "x.csv", "column_names": []}, "s.column_names: the list is empty; name every column, or leave it out"),
+        ({"data": "x.csv", "column_names": ["a", "b", "a"]}, "s.column_names: 'a' stands twice; rename one"),
+        ({"data": ["x.csv", "y.jsonl"], "column_names": ["a"]}, "s.column_names: has no effect on 'y.jsonl', which is no CSV file"),
+        ({"data": f"o/d@{'a' * 40}", "column_names": ["a"]}, "s.column_names: has no effect on 'o/d@aaa"),
+        ({"data": "x.csv", "column_names": "a"}, "s.column_names: input should be a valid list, got 'a'"),
+    ],
+)
+def test_column_names_that_cannot_be_are_refused(fields, problem):
+    with pytest.raises(UserError) as caught:
+        read_source("s", fields)
+    assert str(caught.value).startswith(problem)
+
+
+@pytest.mark.real
+def test_the_test_questions_of_mmlu_are_read(shared):
+    path = shared / "data" / "decontam" / "sociology_test.csv"
+    names = ["instruction", "A", "B", "C", "D", "output"]
+    rows = list(opened(str(path), column_names=names).rows())
+    assert len(rows) == 201
+    assert rows[0].messages[0]["content"] == "Mass-society theory suggests that:"
+    assert {row.messages[-1]["content"] for row in rows} == set("ABCD")

@@ -1,0 +1,245 @@
+"""Quality: keeps the rows that a model finds best, by their difficulty or by their reward.
+
+  quality:  IFD = L(answer | instruction) / L(answer),   L: mean over the answer's tokens of -log pi(token | all before it)
+  reward:   the one number that a reward model gives to a whole conversation
+
+IFD: Li et al., 2024, "From Quantity to Quality", arXiv 2308.12032. An instruction that helps little (IFD just below 1) leaves
+most to learn; one that does not help at all (1 and above) does not belong to its answer.
+
+Differences from Li et al.: 1. no model is trained beforehand to follow instructions: take the output of a short sft stage as
+the policy where the base model cannot; 2. the answer by itself follows a BOS token, or where there is none a stop token, so
+that its first token counts on both sides; 3. the stop token is part of the answer; 4. of several answers the last one counts,
+and all turns before it are its instruction.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from posttrain.curate.embed import open_policy, token_batches
+from posttrain.curate.judge import Judge as Judge
+from posttrain.curate.scored import Scored, answered, measure_by_length
+from posttrain.curate.step import Bench, Candidate, Drop, Outcome
+from posttrain.data.rows import Message, Pair, Row
+from posttrain.error import UserError
+
+if TYPE_CHECKING:
+    from posttrain.curate.scored import Floats
+
+TOKENS_AT_ONCE = 2048
+"""Tokens of one batch, padding counted; logits exist only for the positions of answers."""
+
+
+class Quality(Scored):
+    """Keeps rows whose instruction helps with the answer, but not much: instruction-following difficulty (IFD)."""
+
+    name: ClassVar[str] = "quality"
+    reads: ClassVar[tuple[str, ...]] = ("policy",)
+
+    max_length: int = Field(2048, ge=8)
+    """Tokens of a row that are read; what is beyond does not count."""
+
+    def run(self, candidates: Sequence[Candidate], bench: Bench) -> Outcome:
+        """Drop what is misaligned, and keep the most difficult."""
+        answers, problems = self._encode(candidates, bench)
+        losses = self.losses(answers, bench)
+        scores = [float(after / alone) if alone else math.nan for after, alone in losses]
+        refused = {}
+        for candidate, answer, score in zip(candidates, answers, scores, strict=True):
+            if not answer.ids:
+                reason, detail = problems.get(candidate.index, ("no room for the answer", f"{len(answer.before)} tokens before it"))
+                refused[candidate.index] = Drop(candidate.index, f"{self.name}: {reason}", detail)
+            elif not score < 1:
+                refused[candidate.index] = Drop(candidate.index, f"{self.name}: instruction does not help", f"{score:.4f}")
+        return self.choose(candidates, scores, refused, cut=sum(answer.is_cut for answer in answers))
+
+    def losses(self, answers: "Sequence[Answer]", bench: Bench) -> "Floats":
+        """Mean loss of each answer after its instruction and by itself, `(N, 2)`; 0 of an answer without tokens."""
+        import numpy as np
+
+        loaded: list[Any] = []
+
+        def compute(numbers: Sequence[int]) -> "Floats":
+            if not loaded:
+                loaded.extend(open_policy(bench))
+            model, tokenizer = loaded
+            chunk = [answers[number] for number in numbers]
+            after = mean_losses(model, [(answer.before, answer.ids) for answer in chunk], tokenizer.pad_token_id)
+            alone = mean_losses(model, [(answer.start, answer.ids) for answer in chunk], tokenizer.pad_token_id)
+            return np.stack([after, alone], axis=1)
+
+        return measure_by_length(bench, self.name, [len(answer.before) + len(answer.ids) for answer in answers], compute)
+
+    def _encode(self, candidates: Sequence[Candidate], bench: Bench) -> "tuple[list[Answer], dict[int, tuple[str, str]]]":
+        """The answers as tokens, and by index why a row has none."""
+        from posttrain.chat import encode
+        from posttrain.models import load_tokenizer
+
+        tokenizer, contract = load_tokenizer(bench.context.input("policy"), bench.context.at)
+        start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+        answers, problems = [], {}
+        for candidate in candidates:
+            row, before, ids = candidate.row, [], []
+            try:
+                if messages := answered(row):
+                    last: Message = {**messages[-1], "train": True}
+                    whole = encode(tokenizer, [*messages[:-1], last], row.tools, contract.stop_tokens[0], row.origin, train_on="last")
+                    first = whole.trained.index(True)
+                    before, ids = whole.ids[:first], whole.ids[first : first + sum(whole.trained)]
+                else:
+                    problems[candidate.index] = ("no answer", "")
+            except UserError as error:
+                problems[candidate.index] = ("refused by the chat template", str(error))
+            room = max(0, self.max_length - len(before))
+            answers.append(Answer(start, before, ids[:room], len(ids) > room))
+        return answers, problems
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Token ids of an answer, of all that stands before it, and of what it begins after when it stands alone."""
+
+    start: list[int]
+    before: list[int]
+    ids: list[int]
+    is_cut: bool
+    """Whether its end was over the length that is read."""
+
+
+class Reward(Scored):
+    """Keeps the rows that the reward model in `reward` scores highest."""
+
+    name: ClassVar[str] = "reward"
+    reads: ClassVar[tuple[str, ...]] = ("reward",)
+
+    margin: float | None = Field(None, ge=0)
+    """Drop a pair whose rejected answer scores higher than its chosen one by more than this; by default no pair for that."""
+    max_length: int = Field(2048, ge=8)
+    """Longest conversation that is scored, in tokens; a longer one is dropped, since its score would be that of a part."""
+
+    def run(self, candidates: Sequence[Candidate], bench: Bench) -> Outcome:
+        """Score every row, of a pair both answers."""
+        sides = [_sides(candidate.row) for candidate in candidates]
+        both = self.scores(candidates, sides, bench)
+        refused = {}
+        for candidate, conversations, (chosen, rejected) in zip(candidates, sides, both, strict=True):
+            if not conversations:
+                refused[candidate.index] = Drop(candidate.index, f"{self.name}: no answer")
+            elif math.isnan(chosen):
+                refused[candidate.index] = Drop(candidate.index, f"{self.name}: over {self.max_length} tokens")
+            elif self.margin is not None and rejected - chosen > self.margin:
+                detail = f"rejected {rejected:.4g}, chosen {chosen:.4g}"
+                refused[candidate.index] = Drop(candidate.index, f"{self.name}: rejected scores higher", detail)
+        return self.choose(candidates, [float(chosen) for chosen, _ in both], refused)
+
+    def scores(self, candidates: Sequence[Candidate], sides: Sequence[list[list[Message]]], bench: Bench) -> "Floats":
+        """Score of each conversation, or of a pair with its chosen and its rejected answer, `(N, 2)`; not a number: none."""
+        import numpy as np
+
+        model, tokenizer = _load_reward(bench)
+        ids = [
+            [_render_ids(tokenizer, messages, candidate.row) for messages in conversations]
+            for candidate, conversations in zip(candidates, sides, strict=True)
+        ]
+
+        def compute(numbers: Sequence[int]) -> "Floats":
+            scores = np.full((len(numbers), 2), np.nan, dtype=np.float32)
+            fitting = [row for row, number in enumerate(numbers) if max(map(len, ids[number]), default=0) <= self.max_length]
+            places = [(row, side) for row in fitting for side in range(len(ids[numbers[row]]))]
+            rewards = score_ids(model, [ids[numbers[row]][side] for row, side in places])
+            for place, reward in zip(places, rewards, strict=True):
+                scores[place] = reward
+            return scores
+
+        return measure_by_length(bench, self.name, [sum(map(len, conversations)) for conversations in ids], compute)
+
+
+def mean_losses(model: Any, answers: Sequence[tuple[list[int], list[int]]], pad: int) -> "Floats":
+    """Mean of -log pi over the tokens of each answer, given as what stands before it and its own tokens, `(N,)`; 0 of none."""
+    import numpy as np
+    import torch
+
+    losses = np.zeros(len(answers), dtype=np.float32)
+    there = [number for number, (_, ids) in enumerate(answers) if ids]
+    for positions in token_batches([sum(map(len, answers[number])) for number in there], TOKENS_AT_ONCE):
+        batch = [there[position] for position in positions]
+        width = sum(map(len, answers[batch[0]]))
+        input_ids = torch.full((len(batch), width), pad)
+        mask = torch.zeros_like(input_ids)
+        wanted = torch.zeros((len(batch), width - 1), dtype=torch.bool)
+        for row, number in enumerate(batch):
+            before, ids = answers[number]
+            end = len(before) + len(ids)
+            input_ids[row, :end] = torch.tensor(before + ids)
+            mask[row, :end] = 1
+            wanted[row, len(before) - 1 : end - 1] = True
+        input_ids, mask, wanted = (tensor.to(model.device) for tensor in (input_ids, mask, wanted))
+        kept = wanted.any(dim=0).nonzero()[:, 0]  # only there the head is computed
+        with torch.no_grad():
+            logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
+        logps = logits.float().log_softmax(-1).gather(-1, input_ids[:, kept + 1, None])[..., 0].double()
+        counted = wanted[:, kept]
+        means = -(logps * counted).sum(dim=1) / counted.sum(dim=1)
+        losses[batch] = means.cpu().numpy()
+    return losses
+
+
+def score_ids(model: Any, conversations: Sequence[list[int]]) -> list[float]:
+    """The reward of each conversation of token ids. A model that knows no pad token reads each by itself."""
+    import torch
+
+    pad = model.config.get_text_config().pad_token_id
+    rewards = [0.0] * len(conversations)
+    for batch in token_batches(list(map(len, conversations)), TOKENS_AT_ONCE if pad is not None else 1):
+        input_ids = torch.full((len(batch), len(conversations[batch[0]])), pad or 0)
+        mask = torch.zeros_like(input_ids)
+        for row, number in enumerate(batch):
+            input_ids[row, : len(conversations[number])] = torch.tensor(conversations[number])
+            mask[row, : len(conversations[number])] = 1
+        with torch.no_grad():
+            logits = model(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device)).logits
+        for number, reward in zip(batch, logits[:, 0].float().tolist(), strict=True):
+            rewards[number] = reward
+    return rewards
+
+
+def _sides(row: Row) -> list[list[Message]]:
+    """What the reward model reads: the conversation up to its last answer, or the prompt of a pair with each of its answers."""
+    if isinstance(row, Pair):
+        return [[*row.prompt, *row.chosen], [*row.prompt, *row.rejected]]
+    return [messages] if (messages := answered(row)) else []
+
+
+def _render_ids(tokenizer: Any, messages: list[Message], row: Row) -> list[int]:
+    from posttrain.chat import render
+
+    ids: list[int] = tokenizer(render(tokenizer, messages, row.tools, row.origin), add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
+def _load_reward(bench: Bench) -> tuple[Any, Any]:
+    """The reward model and its tokenizer. Raises `UserError` where it is none, or cannot render a conversation."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    given = bench.context.input("reward")
+    source, at = given.model, f"{bench.context.at}: {given.name}"
+    options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "auto" if device == "cuda" else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.model, **options)
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(source.model, dtype=dtype, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        raise UserError(f"{at}: {source.model} cannot be loaded as a reward model: {' '.join(str(error).split())[:300]}") from error
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"{at}: {source.model} has no weights for {missing[0]}; a reward model brings its own score head")
+    if model.config.num_labels != 1:
+        raise UserError(f"{at}: {source.model} has {model.config.num_labels} labels, and a reward model has one; name another")
+    if not isinstance(tokenizer.chat_template, str):
+        raise UserError(f"{at}: {source.model} has no chat template; a reward model brings the one it was trained with")
+    return model.to(device).eval(), tokenizer
