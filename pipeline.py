@@ -513,7 +513,10 @@ def stages_command(kind: str | None, as_json: bool) -> None:
             table.add_row(stage.kind, ", ".join(f"{role}: {i.kind}" for role, i in stage.inputs.items()), stage.output, stage.summary)
         console.print(table)
         return
-    rows = fields_help(load_stage(kind, "KIND").config)
+    stage = load_stage(kind, "KIND")
+    rows = fields_help(stage.config)
+    for name, part in (stage.parts() if stage.parts else {}).items():
+        rows += [(name, "", "", (part.__doc__ or "").splitlines()[0]), *fields_help(part, f"{name}.")]
     if as_json:
         click.echo(json.dumps([dict(zip(("name", "type", "default", "help"), row, strict=True)) for row in rows], indent=1))
         return

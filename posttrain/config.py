@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -409,13 +409,22 @@ def fields_help(cls: type[Config], prefix: str = "") -> list[tuple[str, str, str
     """`(name, type, default, help)` of every field, in the order of definition; those of a nested config follow it."""
     rows = []
     for name, field in cls.model_fields.items():
-        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        rows.append((prefix + name, _type_name(field.annotation), default, field.description or ""))
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        shown = "required" if field.is_required() else "" if isinstance(default, Config) else repr(default)
+        rows.append((prefix + name, _type_name(field.annotation), shown, field.description or ""))
         for nested in _config_classes(field.annotation):
             rows += fields_help(nested, f"{prefix}{name}.")
     return rows
 
 
-def _type_name(annotation: object) -> str:
-    name = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
-    return re.sub(r"\b(?:\w+\.)+(?=\w)", "", name).replace("NoneType", "None")
+def _type_name(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type_name, arguments))
+    if origin is Literal:
+        return " | ".join(map(repr, arguments))
+    if arguments:
+        return f"{origin.__name__}[{', '.join(map(_type_name, arguments))}]"
+    return "None" if annotation is NoneType else str(getattr(annotation, "__name__", annotation))

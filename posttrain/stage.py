@@ -122,6 +122,8 @@ class Stage(Generic[C]):
     prepare: Callable[[StageContext[C]], None] | None = None
     encoder: Callable[[C, Any, Any, str], Any] | None = None
     """What turns rows into samples, `(config, tokenizer, chat contract, config path) -> Encoder`; None if it trains on no rows."""
+    parts: Callable[[], Mapping[str, type[Config]]] | None = None
+    """Config classes that its config lists by name, such as the steps of a curation: what `stages` shows beside its fields."""
     version: int = 1
 
     @cached_property

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from pydantic import SerializationInfo, field_serializer, field_validator
 
-from posttrain.curate.steps import Listed, check_inputs, identify_steps, list_steps, parse_steps
+from posttrain.curate.steps import Listed, check_inputs, identify_steps, list_steps, parse_steps, step_classes
 from posttrain.error import UserError
 from posttrain.stage import Role, Stage, StageConfig, StageContext
 
@@ -101,4 +101,5 @@ STAGE = Stage(
     output="dataset",
     prepare=prepare,
     run=run,
+    parts=step_classes,
 )

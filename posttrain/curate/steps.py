@@ -33,6 +33,11 @@ Listed = str | dict[str, dict[str, Any]]
 """An entry of the config's list: the name of a step, or its name with settings."""
 
 
+def step_classes() -> dict[str, type[Step]]:
+    """All steps, by name."""
+    return {name: _load(name) for name in STEPS}
+
+
 def parse_steps(listed: object, at: str) -> list[Step]:
     """The steps that a config lists, in order. Raises `UserError` naming the place under `at`."""
     if not isinstance(listed, list) or not listed:

@@ -217,7 +217,7 @@ def test_help_shows_types_as_one_writes_them_and_the_fields_of_nested_configs() 
     assert rows == {
         "workers": ("int", "1", "Workers."),
         "rate": ("float", "0.001", "Rate."),
-        "kind": ("Literal['a', 'b']", "'a'", "Kind."),
+        "kind": ("'a' | 'b'", "'a'", "Kind."),
         "inner": ("Inner | None", "None", "Inner."),
         "inner.rank": ("int", "8", "Rank."),
         "inner.names": ("str | list[str]", "'all'", "Names."),

@@ -15,6 +15,7 @@ import pytest
 
 from posttrain.config import DataSource
 from posttrain.curate.records import to_state
+from posttrain.curate.steps import STEPS
 from posttrain.data.rows import Row
 from posttrain.data.source import open_source
 from posttrain.disk import read_json
@@ -264,3 +265,11 @@ def test_a_stage_that_is_killed_in_a_step_goes_on_with_it_and_ends_with_the_same
     report = json.loads(outputs(tmp_path / "cut")["report.json"])
     assert [step["dropped"] for step in report["steps"]] == [0, 0, 600, 60, 0, 0]
     assert all(step["changed"] for step in report["steps"] if step["step"] in ("normalize", "pii"))
+
+
+def test_the_help_of_the_stage_lists_every_step_and_its_settings(posttrain: Cli) -> None:
+    ended = posttrain("stages", "curate", "--json")
+    rows = {row["name"]: row for row in json.loads(ended.out)}
+    assert rows["near_duplicates.threshold"]["default"] == "0.8" and rows["near_duplicates.threshold"]["help"]
+    for name in STEPS:
+        assert rows[name]["help"].endswith(".")
