@@ -15,7 +15,7 @@ import pytest
 
 from posttrain.config import DataSource
 from posttrain.curate.records import to_state
-from posttrain.curate.steps import STEPS
+from posttrain.curate.steps import STEPS as ALL_STEPS
 from posttrain.data.rows import Row
 from posttrain.data.source import open_source
 from posttrain.disk import read_json
@@ -271,5 +271,5 @@ def test_the_help_of_the_stage_lists_every_step_and_its_settings(posttrain: Cli)
     ended = posttrain("stages", "curate", "--json")
     rows = {row["name"]: row for row in json.loads(ended.out)}
     assert rows["near_duplicates.threshold"]["default"] == "0.8" and rows["near_duplicates.threshold"]["help"]
-    for name in STEPS:
+    for name in ALL_STEPS:
         assert rows[name]["help"].endswith(".")
