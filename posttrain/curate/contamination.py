@@ -10,10 +10,15 @@ with Rephrased Samples", arXiv 2311.04850; "Word Translation Without Parallel Da
 Differences from Brown et al.: 1. 8 words instead of 13, and half of the shorter text instead of any one n-gram: questions are
 short, and templates share n-grams; 2. an item of fewer than 8 words must be a whole line of the row, or all of it.
 Differences from Yang et al.: 3. no language model judges the nearest items, so near must mean nearer than neighbours are: among
-texts of one subject every two are similar, and a threshold alone would drop half of GSM8K for any other half; 4. what an item
+texts of one subject every two are similar, and a threshold alone would drop most of GSM8K for any part of it; 4. what an item
 asks for after a long text, its last line, is compared too, since rephrases leave the text out.
 Differences from CSLS: 5. the mean of both sides instead of their sum, so that it is a cosine; 6. the ten nearest are not
 counted, since they may all be copies.
+
+Measured by `benchmarks/contamination.py`, on 389 rephrases of MMLU questions among questions of GSM8K: n-grams find none.
+MiniLM at 0.6 finds 96 % and drops none of 7,473 clean rows; of GSM8K against other questions of GSM8K it drops 0.3 %, by the
+cosine alone 79 %. Hidden states of SmolLM2-135M at 0.35 find 95 % and drop 0.2 % of 2,500 clean rows, but 60 % of GSM8K against
+GSM8K: where the evaluation sets ask what the data ask, name an embedder. The thresholds were chosen on these very data.
 """
 
 import unicodedata

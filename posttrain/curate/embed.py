@@ -7,9 +7,9 @@ texts at hand, and the components that vary least are left out:
   v -> (v - mean) U_k / sqrt(lambda_k),   U, lambda: eigenvectors and eigenvalues of the covariance
 
 Paper: Su et al., 2021, "Whitening Sentence Representations", arXiv 2103.15316. Differences: 1. the mean of a layer a quarter
-of the way up, whichever model it is, instead of the first and last layer of BERT: measured best in
-`benchmarks/contamination.py`; 2. k is a third of the components (there 256 of 768), and no more than a fifth of the texts,
-since few whitened texts are all equally far apart.
+of the way up, instead of the first and last layer of BERT: of SmolLM2-135M, rephrases are told from other questions about
+equally well by the layers from a tenth to a half of the way up, and worse by the last ones; 2. k is a third of the components
+(there 256 of 768), and no more than a fifth of the texts, since few whitened texts are all equally far apart.
 
 A sentence-transformers model that is named instead is taken as it is.
 """
@@ -21,6 +21,7 @@ from pydantic import Field
 
 from posttrain.config import ModelSource
 from posttrain.curate.step import Bench, Step
+from posttrain.curate.threads import each_batch
 from posttrain.error import UserError
 
 if TYPE_CHECKING:
@@ -138,28 +139,24 @@ def _by_policy(step: EmbeddingStep, bench: Bench) -> Callable[[Sequence[str]], "
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         room = min(step.embedded_tokens, model.config.get_text_config().max_position_embeddings) - 1
         ids = [row[:room] for row in tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids]
-        means: list[Any] = [None] * len(ids)
-        for batch in token_batches([1 + len(row) for row in ids], TOKENS_AT_ONCE):
-            width = 1 + len(ids[batch[0]])
-            input_ids = torch.full((len(batch), width), tokenizer.pad_token_id)
-            mask = torch.zeros((len(batch), width), dtype=torch.long)
+        means = np.empty((len(ids), model.config.get_text_config().hidden_size), dtype=np.float32)
+
+        def mean_states(batch: list[int]) -> None:
+            input_ids = torch.full((len(batch), 1 + len(ids[batch[0]])), tokenizer.pad_token_id)
+            mask = torch.zeros_like(input_ids)
             for row, position in enumerate(batch):
                 length = 1 + len(ids[position])
                 input_ids[row, :length] = torch.tensor([first, *ids[position]])
                 mask[row, :length] = 1
-            with torch.no_grad():
-                output = model.base_model(
-                    input_ids=input_ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    output_hidden_states=True,
-                    use_cache=False,
-                )
+            input_ids, mask = input_ids.to(model.device), mask.to(model.device)
+            output = model.base_model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
             states = output.hidden_states[round(DEPTH * (len(output.hidden_states) - 1))].float()
             mask[:, 0] = 0
             weights = (mask / mask.sum(dim=1, keepdim=True).clamp(min=1)).to(states)
-            for position, mean in zip(batch, torch.einsum("bth,bt->bh", states, weights).cpu().numpy(), strict=True):
-                means[position] = mean
-        return np.stack(means)
+            means[batch] = torch.einsum("bth,bt->bh", states, weights).cpu().numpy()
+
+        each_batch(mean_states, token_batches([1 + len(row) for row in ids], TOKENS_AT_ONCE))
+        return means
 
     return compute
 
@@ -190,21 +187,34 @@ def _by_sentence_model(source: ModelSource, step: EmbeddingStep, bench: Bench) -
             loaded.append(_load_sentence_model(source, step, f"{bench.context.at}: {step.name}.embedder"))
         (model,) = loaded
         lengths = [min(len(ids), model.max_seq_length) for ids in model.tokenizer(list(texts), verbose=False).input_ids]
-        vectors: list[Any] = [None] * len(texts)
-        for batch in token_batches(lengths, TOKENS_AT_ONCE):
+        batches = list(token_batches(lengths, TOKENS_AT_ONCE))
+
+        def encode(batch: list[int]) -> "Vectors":
             encoded = model.encode([texts[position] for position in batch], batch_size=len(batch), show_progress_bar=False)
-            for position, vector in zip(batch, encoded, strict=True):
-                vectors[position] = np.asarray(vector, dtype=np.float32)
-        return np.stack(vectors)
+            return np.asarray(encoded, dtype=np.float32)
+
+        encoded = np.concatenate(each_batch(encode, batches))
+        return encoded[np.argsort(np.concatenate(batches))]
 
     return compute
 
 
 def _load_sentence_model(source: ModelSource, step: EmbeddingStep, at: str) -> Any:
+    from threading import Lock
+
     from sentence_transformers import SentenceTransformer
 
+    class Model(SentenceTransformer):
+        """A sentence model whose tokenizer, which cannot serve two threads, serves one at a time."""
+
+        lock = Lock()
+
+        def preprocess(self, *arguments: Any, **options: Any) -> Any:
+            with self.lock:
+                return super().preprocess(*arguments, **options)
+
     try:
-        model = SentenceTransformer(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
+        model = Model(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{at}: {source.model} cannot be loaded as a sentence-transformers model: {reason}") from error

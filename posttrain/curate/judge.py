@@ -9,7 +9,6 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,6 +17,7 @@ from pydantic import Field, field_validator
 from posttrain import disk
 from posttrain.curate.scored import Scored, answered
 from posttrain.curate.step import Bench, Candidate, Drop, Outcome
+from posttrain.curate.threads import each
 from posttrain.data.rows import Message, Row
 from posttrain.error import UserError
 
@@ -117,12 +117,9 @@ class Judge(Scored):
         from openai import OpenAI
 
         key = os.environ[self.api_key_env] if self.api_key_env else "none"
-        with (
-            OpenAI(base_url=self.base_url, api_key=key, timeout=self.timeout_s, max_retries=self.max_retries) as client,
-            ThreadPoolExecutor(self.num_requests) as pool,
-        ):
-            marks = pool.map(lambda question: self._ask(client, question, replies, at), questions)
-            return np.array(list(marks), dtype=np.float32)
+        with OpenAI(base_url=self.base_url, api_key=key, timeout=self.timeout_s, max_retries=self.max_retries) as client:
+            marks = each(lambda question: self._ask(client, question, replies, at), questions, self.num_requests)
+        return np.array(marks, dtype=np.float32)
 
     def _ask(self, client: Any, question: str | None, replies: "Replies", at: str) -> float:
         import openai

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from posttrain.curate.embed import open_policy, token_batches
-from posttrain.curate.judge import Judge as Judge
 from posttrain.curate.scored import Scored, answered, measure_by_length
 from posttrain.curate.step import Bench, Candidate, Drop, Outcome
+from posttrain.curate.threads import each_batch
 from posttrain.data.rows import Message, Pair, Row
 from posttrain.error import UserError
 
@@ -164,7 +164,8 @@ def mean_losses(model: Any, answers: Sequence[tuple[list[int], list[int]]], pad:
 
     losses = np.zeros(len(answers), dtype=np.float32)
     there = [number for number, (_, ids) in enumerate(answers) if ids]
-    for positions in token_batches([sum(map(len, answers[number])) for number in there], TOKENS_AT_ONCE):
+
+    def mean_loss(positions: list[int]) -> None:
         batch = [there[position] for position in positions]
         width = sum(map(len, answers[batch[0]]))
         input_ids = torch.full((len(batch), width), pad)
@@ -176,14 +177,14 @@ def mean_losses(model: Any, answers: Sequence[tuple[list[int], list[int]]], pad:
             input_ids[row, :end] = torch.tensor(before + ids)
             mask[row, :end] = 1
             wanted[row, len(before) - 1 : end - 1] = True
-        input_ids, mask, wanted = (tensor.to(model.device) for tensor in (input_ids, mask, wanted))
+        input_ids, mask, wanted = input_ids.to(model.device), mask.to(model.device), wanted.to(model.device)
         kept = wanted.any(dim=0).nonzero()[:, 0]  # only there the head is computed
-        with torch.no_grad():
-            logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
+        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
         logps = logits.float().log_softmax(-1).gather(-1, input_ids[:, kept + 1, None])[..., 0].double()
         counted = wanted[:, kept]
-        means = -(logps * counted).sum(dim=1) / counted.sum(dim=1)
-        losses[batch] = means.cpu().numpy()
+        losses[batch] = (-(logps * counted).sum(dim=1) / counted.sum(dim=1)).cpu().numpy()
+
+    each_batch(mean_loss, token_batches([sum(map(len, answers[number])) for number in there], TOKENS_AT_ONCE))
     return losses
 
 
@@ -193,16 +194,18 @@ def score_ids(model: Any, conversations: Sequence[list[int]]) -> list[float]:
 
     pad = model.config.get_text_config().pad_token_id
     rewards = [0.0] * len(conversations)
-    for batch in token_batches(list(map(len, conversations)), TOKENS_AT_ONCE if pad is not None else 1):
+
+    def reward(batch: list[int]) -> None:
         input_ids = torch.full((len(batch), len(conversations[batch[0]])), pad or 0)
         mask = torch.zeros_like(input_ids)
         for row, number in enumerate(batch):
             input_ids[row, : len(conversations[number])] = torch.tensor(conversations[number])
             mask[row, : len(conversations[number])] = 1
-        with torch.no_grad():
-            logits = model(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device)).logits
-        for number, reward in zip(batch, logits[:, 0].float().tolist(), strict=True):
-            rewards[number] = reward
+        logits = model(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device)).logits
+        for number, score in zip(batch, logits[:, 0].float().tolist(), strict=True):
+            rewards[number] = score
+
+    each_batch(reward, token_batches(list(map(len, conversations)), TOKENS_AT_ONCE if pad is not None else 1))
     return rewards
 
 

@@ -86,7 +86,7 @@ class Bench:
     def measure(
         self, name: str, items: Sequence[T], compute: Callable[[Sequence[T]], "npt.NDArray[np.float32]"], *, chunk_size: int
     ) -> "npt.NDArray[np.float32]":
-        """`compute` of all items, chunk by chunk, `(len(items), ...)`: the slow passes of a model over rows.
+        """`compute` of all items, of which there must be one, chunk by chunk, `(len(items), ...)`: slow passes of a model over rows.
 
         Each chunk is on disk as soon as it is done, so a stage that is started again computes only what is missing. Ranks
         share the chunks; every rank gets all. `name` tells the measurements of one step apart.
@@ -96,6 +96,7 @@ class Bench:
         from posttrain import disk
         from posttrain.parallel import chunks
 
+        assert items, "the stage ends where no candidate is left"
         files = []
         for number, chunk in enumerate(chunks(items, chunk_size)):
             file = self.directory / name / f"{number:06d}.npy"

@@ -23,7 +23,7 @@ STEPS = {
     "contamination": "posttrain.curate.contamination:Contamination",
     "quality": "posttrain.curate.quality:Quality",
     "reward": "posttrain.curate.quality:Reward",
-    "judge": "posttrain.curate.quality:Judge",
+    "judge": "posttrain.curate.judge:Judge",
     "diversity": "posttrain.curate.diversity:Diversity",
     "mixture": "posttrain.curate.mixture:Mixture",
 }

@@ -16,7 +16,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from posttrain.config import ModelSource, validate
 from posttrain.curate.judge import read_mark
-from posttrain.curate.quality import Judge, Quality, Reward
+from posttrain.curate.judge import Judge
+from posttrain.curate.quality import Quality, Reward
 from posttrain.curate.scored import keep_number
 from posttrain.curate.step import Bench, Outcome
 from posttrain.data.rows import Conversation, Message, Row
