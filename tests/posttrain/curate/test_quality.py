@@ -15,8 +15,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 from posttrain.config import ModelSource, validate
-from posttrain.curate.judge import read_mark
-from posttrain.curate.judge import Judge
+from posttrain.curate.judge import Judge, read_mark
 from posttrain.curate.quality import Quality, Reward
 from posttrain.curate.scored import keep_number
 from posttrain.curate.step import Bench, Outcome
