@@ -10,7 +10,7 @@ The rendered template is the only source of BOS: text is tokenized without addin
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -259,7 +259,7 @@ def _answers(
 
     An answer lies from the end of its prompt to the end of its stop token. Where the template marks what the assistant says,
     the marks hold; without them the conversation must begin with the prompt that asks for the answer, and as it would were
-    the answer its last message.
+    the answer its last message, which closes it.
     """
     text, marks = _render(tokenizer, messages, tools, origin, mark=True)
     all_turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -269,17 +269,23 @@ def _answers(
         at = f"{origin}: messages[{index}]"
         prompt = render(tokenizer, messages[:index], tools, origin, add_generation_prompt=True)
         start = len(prompt)
-        if not text.startswith(prompt):
-            if index not in marked:
-                _refuse_difference(at, text, prompt)
-            start, asked_otherwise = max(marked[index][0], _common(text, prompt)), True
-        end = text.find(stop, start) + len(stop)
+        if index not in marked:
+            _refuse_difference(at, text, prompt)
+        elif not text.startswith(prompt):
+            # Of the prompt as much as stands before any answer: what this one has in common with it by chance is not asked for.
+            probe = render(tokenizer, [*messages[:index], {"role": "assistant", "content": PROBE_ANSWER}], tools, origin)
+            start, asked_otherwise = max(marked[index][0], min(_common(text, prompt), _common(text, probe))), True
+        elif text[start : marked[index][0]].strip():
+            start, asked_otherwise = marked[index][0], True
+        last = text if index in marked or index == len(messages) - 1 else render(tokenizer, messages[: index + 1], tools, origin)
+        end = last.find(stop, start) + len(stop)
         if end < len(stop):
-            raise UserError(f"{at}: the chat template does not close it with the stop token {stop!r}; use another template")
+            raise UserError(
+                f"{at}: the chat template does not close it with the stop token {stop!r}; use another template, or set train_on: last"
+            )
         if index in marked:
             beyond = text[end : marked[index][1]] or text[marked[index][1] : end]
         else:
-            last = text if index == len(messages) - 1 else render(tokenizer, messages[: index + 1], tools, origin)
             _refuse_difference(at, text, last[:end])
             beyond = last[end:]
         if lost := _control_tokens(tokenizer).sub("", beyond).strip():
@@ -287,7 +293,11 @@ def _answers(
                 f"{at}: the chat template closes it with {stop!r} elsewhere than where it ends, at {lost[:30]!r}; use another template, "
                 "or set train_on: last"
             )
-        _refuse_lost_answer(messages[index], text[start:end], at)
+        opened = start
+        if _squeeze(messages[index]["content"]) not in _squeeze(text[start:end]):
+            # The prompt may begin the answer, as it does where it asks for reasoning with `<think>`.
+            opened = min(start, _common(text, render(tokenizer, messages[:index], tools, origin)))
+        _refuse_lost_answer(messages[index], text[opened:start], text[start:end], at)
         spans.append((start, end))
     return text, spans, asked_otherwise
 
@@ -310,16 +320,26 @@ def _refuse_difference(at: str, text: str, beginning: str) -> None:
 
 def _refuse_control_text(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Any], tools: list[Any] | None, origin: str) -> None:
     """Refuse text that would become a control token: it would end a turn, or begin one, where the data has none."""
-    texts = {"tools": json.dumps(tools, ensure_ascii=False)} if tools else {}
-    for index, message in enumerate(messages):
-        calls = message.get("tool_calls")
-        texts[f"messages[{index}]"] = message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
     control = _control_tokens(tokenizer)
-    for at, text in texts.items():
-        if found := control.search(text):
-            raise UserError(
-                f"{origin}: {at} holds {found[0]!r}, which is a control token of this model; write it otherwise, or drop the row"
-            )
+    written = {f"messages[{index}]": [message[key] for key in message if key != "role"] for index, message in enumerate(messages)}
+    for at, value in {"tools": tools, **written}.items():
+        for text in _texts(value):
+            if found := control.search(text):
+                raise UserError(
+                    f"{origin}: {at} holds {found[0]!r}, which is a control token of this model; write it otherwise, or drop the row"
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a plain value, keys too, as it stands: quotes are escaped in JSON, and `<|"|>` is a token of Gemma 4."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from (str(key), *_texts(item))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
 
 
 def _control_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
@@ -352,8 +372,10 @@ def _refuse_losses(messages: Sequence[Any], tools: list[Any] | None, text: str, 
             raise UserError(f"{origin}: the chat template leaves out the tool {tool['function']['name']!r}; use one that lists tools")
 
 
-def _refuse_lost_answer(message: Any, rendered: str, at: str) -> None:
-    if _squeeze(message["content"]) not in _squeeze(rendered):
+def _refuse_lost_answer(message: Any, opening: str, rendered: str, at: str) -> None:
+    content, opening = _squeeze(message["content"]), _squeeze(opening)
+    found = (opening + _squeeze(rendered)).rfind(content)
+    if found < 0 or found + len(content) <= len(opening):
         raise UserError(f"{at}: the chat template leaves out or changes what the assistant says; use another template")
     for call in message.get("tool_calls") or []:
         if call["function"]["name"] not in rendered:

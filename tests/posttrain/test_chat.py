@@ -297,6 +297,9 @@ def test_an_answer_is_trained_after_the_prompt_that_asks_for_it_or_the_row_is_re
     if encoded is None:
         assert problem.startswith(f"{ORIGIN}: messages[") and "\n" not in problem
         return
+    if encoded.asked_otherwise:
+        assert name.endswith("_training"), "only where the template marks what is an answer"
+        return
     texts = learned(tokenizer, encoded)
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -321,7 +324,7 @@ def test_the_mask_is_that_of_transformers_but_for_the_prompt_s_header_and_what_f
         assert answer and re.sub(r"</?think>|<E>|assistant|\s", "", CONTROL.sub("", before + after)) == ""
 
 
-@pytest.mark.parametrize("name", ["deepseekv3", "deepseekv3_training", "deepseek_r1_distill", "deepseek_r1_distill_training"])
+@pytest.mark.parametrize("name", ["deepseekv3", "deepseek_r1_distill"])
 def test_a_template_that_asks_otherwise_than_it_renders_answers_is_refused_at_the_point_of_divergence(name):
     message = refusal(encoded_by, of_trl(name), ONE)
     assert message.startswith(f"{ORIGIN}: messages[1]: ")
@@ -331,7 +334,7 @@ def test_a_template_that_asks_otherwise_than_it_renders_answers_is_refused_at_th
 def test_a_template_that_rewrites_earlier_turns_is_refused_unless_only_the_last_is_trained():
     pair = of_trl("qwen3")
     message = refusal(encoded_by, pair, TWO)
-    assert message.startswith(f"{ORIGIN}: messages[1]: ") and "<think>" in message and "train: false" in message
+    assert message.startswith(f"{ORIGIN}: messages[1]: ") and "<think>" in message and "train_on: last" in message
     [text] = learned(pair[0], encoded_by(pair, [TWO[0], assistant("The answer is 42.", train=False), *TWO[2:]]))
     assert text == "<think>\n\n</think>\n\nNothing\nmore.<|im_end|>"
 
