@@ -215,19 +215,20 @@ def lease(directory: Path) -> Iterator[None]:
         "since": now(),
         "token": uuid.uuid4().hex,
     }
-    with _one_at_a_time(directory / ".lease.lock"):
-        if holder := lease_holder(directory):
-            raise UserError(f"{directory}: being built by {holder}; wait for it, or stop it")
-        path.unlink(missing_ok=True)
-        _put_where_none_is(path, mine)
     ended = threading.Event()
     beat = threading.Thread(target=_beat, args=(path, mine, ended), daemon=True)
-    beat.start()
-    try:
+    try:  # from before the file is there: a signal may come at any moment
+        with _one_at_a_time(directory / ".lease.lock"):
+            if holder := lease_holder(directory):
+                raise UserError(f"{directory}: being built by {holder}; wait for it, or stop it")
+            path.unlink(missing_ok=True)
+            _put_where_none_is(path, mine)
+        beat.start()
         yield
     finally:
         ended.set()
-        beat.join()
+        if beat.is_alive():
+            beat.join()
         if _holds(path, mine):
             path.unlink(missing_ok=True)
 

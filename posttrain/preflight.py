@@ -97,7 +97,7 @@ def _leaks(context: StageContext[Any], questions: npt.NDArray[np.uint64]) -> dic
 
     leaks: dict[str, dict[int, str]] = {}
     taken: set[int] = set()
-    for given in context.held_out:
+    for given in _measured_apart(context):
         source = given.data.model_copy(update={"invalid_rows": "drop"})
         rows = open_source(source, f"{context.at}: {given.name}").rows()
         asked: dict[int, str] = {}
@@ -109,6 +109,12 @@ def _leaks(context: StageContext[Any], questions: npt.NDArray[np.uint64]) -> dic
         if found:
             leaks[given.name] = found
     return leaks
+
+
+def _measured_apart(context: StageContext[Any]) -> list[Any]:
+    """The data sets that evaluations measure on, but for those that the stage itself is wired to: that is no accident."""
+    own = {given.name for given in context.inputs["data"]}
+    return [given for given in context.held_out if given.name not in own]
 
 
 def _padding(context: StageContext[Any], lengths: npt.NDArray[np.int32]) -> float:
@@ -163,7 +169,10 @@ def _summary(context: StageContext[Any], found: dict[str, Any], trained: npt.NDA
     over = config.on_overflow
     left_out = {fault: counts[fault] for fault in ("refused", "untrained", "identical") if counts[fault]}
     what = ", ".join(f"{count:,} {fault}" for fault, count in left_out.items()) or "none refused"
-    held_out = f"{counts['held_out']:,} asked in evaluation data" if context.held_out else "no evaluation data to compare with"
+    apart = [given.name for given in _measured_apart(context)]
+    held_out = f"{counts['held_out']:,} asked in evaluation data ({', '.join(apart)})" if apart else "no evaluation data to compare with"
+    if len(apart) < len(context.held_out):
+        held_out += f"; {name} itself is measured on too"
     share = found["num_trained_tokens"] / found["num_tokens"]
     return [
         f"{name}: {found['num_rows']:,} of {found['num_rows_read'] + invalid:,} rows; {'; '.join(found['formats'])}"

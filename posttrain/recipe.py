@@ -33,16 +33,16 @@ class PreflightLimits(Config):
     """Rows of which no token is trained; they are left out."""
     identical: float = Field(default=0.0, ge=0, le=1)
     """Pairs whose answers are the same, or become so by the cut to `max_length`; they are left out."""
-    over_max_length: float = Field(default=0.1, ge=0, le=1)
-    """Rows over `max_length`, left out or cut as `on_overflow` says."""
-    unstopped: float = Field(default=0.05, ge=0, le=1)
-    """Rows with an answer that is cut before its stop token: from these a model learns to go on and on."""
+    over_max_length: float = Field(default=0.5, ge=0, le=1)
+    """Rows over `max_length`, where `on_overflow` allows any: they are left out, or cut."""
+    unstopped: float = Field(default=0.5, ge=0, le=1)
+    """Rows with an answer that is cut before its stop token, where `on_overflow: truncate` does that: they teach to go on and on."""
     asked_otherwise: float = Field(default=0.0, ge=0, le=1)
     """Rows whose answers the template asks for in another way than it then renders them."""
-    duplicates: float = Field(default=0.01, ge=0, le=1)
+    duplicates: float = Field(default=0.05, ge=0, le=1)
     """Rows that are the same, token for token, as an earlier one."""
     held_out: float = Field(default=0.0, ge=0, le=1)
-    """Rows that ask what a row asks which an evaluation of this pipeline measures on."""
+    """Rows that ask what a row asks which an evaluation of this pipeline measures on; a data set that is wired to both is said."""
     padding: float = Field(default=0.5, ge=0, le=1)
     """Share of padding among the tokens that a step computes."""
     untrained_vocabulary: float = Field(default=1.0, ge=0, le=1)

@@ -244,3 +244,13 @@ def test_a_damaged_lease_holds_nothing(tmp_path: Path, content: str) -> None:
     assert ledger.lease_holder(tmp_path) is None
     with ledger.lease(tmp_path):
         pass
+
+
+def test_ctrl_c_just_after_a_lease_was_taken_takes_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), ledger.lease(tmp_path):
+        pass
+    assert not (tmp_path / "lease.json").exists()

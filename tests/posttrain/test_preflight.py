@@ -95,7 +95,7 @@ def test_padding_is_what_batches_of_like_lengths_need(run, tmp_path):
 
 def test_duplicates_are_refused_with_the_row_that_they_repeat(run, tmp_path):
     line = refused(run([*CLEAN, CLEAN[3]]))
-    assert line.startswith("error: stages.sft: 1 rows of chat, 9.1% and over 1.0%, are the same as an earlier one")
+    assert line.startswith("error: stages.sft: 1 rows of chat, 9.1% and over 5.0%, are the same as an earlier one")
     assert f"{tmp_path}/data.jsonl:11: is the same as {tmp_path}/data.jsonl:4" in line
     assert "stages.sft.preflight.duplicates" in line
     assert not (tmp_path / "runs" / "r" / "sft" / "output").exists()
@@ -115,7 +115,14 @@ def test_a_source_is_kept_apart_from_its_own_held_out_side(run, tmp_path):
     overrides = ["sources.chat.held_out=0.3", "sources.chat.part=train"]
     heldout = [f"sources.heldout.{key}" for key in (f"data={tmp_path}/data.jsonl", "held_out=0.3", "part=held_out")]
     assert run(CLEAN, *overrides, *heldout).code == 0
-    assert "0 asked in evaluation data" in report(tmp_path)["summary"][3]
+    assert "0 asked in evaluation data (heldout)" in report(tmp_path)["summary"][3]
+
+
+def test_a_data_set_that_is_wired_to_training_and_evaluation_is_said_and_not_refused(run, tmp_path):
+    assert run(CLEAN, "stages.eval.inputs.data=[chat, heldout]").code == 0
+    assert "0 asked in evaluation data (heldout); chat itself is measured on too" in report(tmp_path)["summary"][3]
+    again = [*CLEAN, ("another?", "thing")]
+    assert "ask what evaluation data ask (heldout)" in refused(run(again, "run=other", "stages.eval.inputs.data=[chat, heldout]"))
 
 
 def test_rows_over_max_length_are_refused_dropped_or_cut(run, tmp_path):
@@ -130,9 +137,9 @@ def test_rows_over_max_length_are_refused_dropped_or_cut(run, tmp_path):
 
 def test_answers_cut_before_their_stop_token_are_refused(run, tmp_path):
     long = [*CLEAN, ("long?", "word " * 200)]
-    line = refused(run(long, "stages.sft.on_overflow=truncate"))
+    line = refused(run(long, "stages.sft.on_overflow=truncate", "stages.sft.preflight.unstopped=0.05"))
     assert "1 rows of chat, 9.1% and over 5.0%, have an answer that is cut before its stop token" in line
-    assert run(long, "stages.sft.on_overflow=truncate", "stages.sft.preflight.unstopped=0.1").code == 0
+    assert run(long, "stages.sft.on_overflow=truncate").code == 0
     assert report(tmp_path)["counts"]["unstopped"] == 1
     assert "but for 1 cut off" in report(tmp_path)["summary"][4]
 
@@ -140,7 +147,7 @@ def test_answers_cut_before_their_stop_token_are_refused(run, tmp_path):
 def test_pairs_that_a_cut_makes_the_same_are_refused(run, tmp_path):
     pairs = [(*row, "no") for row in CLEAN]
     cut = [*pairs, ("long?", "word " * 200 + "a", "word " * 200 + "b")]
-    truncate = ("stages.dpo.on_overflow=truncate", "stages.dpo.preflight.unstopped=1")
+    truncate = ("stages.dpo.on_overflow=truncate",)
     assert "data.jsonl:11: cut to stages.dpo.max_length: 120, nothing tells chosen and rejected apart" in refused(run(cut, *truncate))
     assert run(cut, *truncate, "stages.dpo.preflight.identical=0.1").code == 0
     found = report(tmp_path, "dpo")
