@@ -153,11 +153,9 @@ def loss_of(encoder: Encoder, model: Any, row: Row) -> float:
 
 
 def as_json(inspected: Inspected) -> dict[str, Any]:
-    """The row as the model sees it: `row`, and `tokens`, `ids` and `trained`, or one such object each under chosen and rejected."""
-    parts = inspected.parts or {"": []}
-    if set(parts) == {""}:
-        return {"row": inspected.index, **_kept(parts[""])}
-    return {"row": inspected.index, **{name: _kept(tokens) for name, tokens in parts.items()}}
+    """The row as the model sees it: `row`, `tokens`, `ids` and `trained`; of a pair one such object each under chosen and rejected."""
+    parts = {name: {"row": inspected.index, **_kept(tokens)} for name, tokens in (inspected.parts or {"": []}).items()}
+    return parts[""] if set(parts) == {""} else {"row": inspected.index, **parts}
 
 
 def show(inspected: Inspected, console: "Console") -> None:

@@ -51,6 +51,7 @@ def test_a_pair_has_one_such_object_for_each_answer(inspect, posttrain, pipeline
     for row, sample in zip(shown, read_samples(tmp_path / "runs" / "test" / "dpo"), strict=True):
         assert set(row) == {"row", "chosen", "rejected"}
         for name in ("chosen", "rejected"):
+            assert set(row[name]) == {"row", "tokens", "ids", "trained"} and row[name]["row"] == row["row"]
             assert row[name]["ids"] == sample["prompt_ids"] + sample[f"{name}_ids"]
             assert sum(row[name]["trained"]) == len(sample[f"{name}_ids"]) and row[name]["trained"][-1]
 
