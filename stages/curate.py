@@ -64,12 +64,12 @@ def run(context: StageContext[CurateConfig]) -> dict[str, float]:
     """Read, take step after step, and write; every rank decides the same, the main one writes."""
     from posttrain.curate.account import Account
     from posttrain.curate.intake import read_rows
-    from posttrain.curate.saved import StopInOrder, forget_outcomes, load_outcome, save_outcome, save_start
+    from posttrain.curate.saved import StopInOrder, forget_if_idle, forget_outcomes, load_outcome, save_outcome, save_start
     from posttrain.curate.step import Bench
 
     progress = StopInOrder(context.directory, is_main=context.is_main)
     steps = parse_steps(context.config.steps, f"{context.at}.steps")
-    with progress.heed_signals():
+    with progress.heed_signals(), forget_if_idle(context):
         account = Account(read_rows(context, progress))
         save_start(context)
         for number, step in enumerate(steps, 1):

@@ -16,7 +16,7 @@ from posttrain import disk
 from posttrain.checkpoint import MARKER, mark_complete
 from posttrain.curate.records import from_state, to_state
 from posttrain.curate.step import Candidate, Drop, Outcome
-from posttrain.error import Preempted
+from posttrain.error import Preempted, UserError
 from posttrain.progress import Progress
 from posttrain.stage import StageContext
 
@@ -55,6 +55,19 @@ def forget_outcomes(context: StageContext[Any]) -> None:
     """Remove all that was saved; the main rank alone. Once nothing is left of the rows, it would only bar another config."""
     if context.is_main:
         shutil.rmtree(context.checkpoints, ignore_errors=True)
+
+
+@contextmanager
+def forget_if_idle(context: StageContext[Any]) -> Iterator[None]:
+    """Remove what was saved where the block ends in a user's mistake before anything was decided or measured: it would only bar
+    the config that mends it."""
+    try:
+        yield
+    except UserError:
+        kept = [path for path in context.checkpoints.glob("*/*") if path.parent.name != "checkpoint-0"]
+        if not any(path.is_file() or any(path.iterdir()) for path in kept):
+            forget_outcomes(context)
+        raise
 
 
 class StopInOrder(Progress):

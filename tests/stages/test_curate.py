@@ -273,3 +273,16 @@ def test_the_help_of_the_stage_lists_every_step_and_its_settings(posttrain: Cli)
     assert rows["near_duplicates.threshold"]["default"] == "0.8" and rows["near_duplicates.threshold"]["help"]
     for name in ALL_STEPS:
         assert rows[name]["help"].endswith(".")
+
+
+def test_a_mistake_that_came_before_any_work_can_be_mended_without_a_rebuild(posttrain: Cli, tmp_path: Path, chat: dict[str, Any]) -> None:
+    pytest.importorskip("openai")
+    nobody = {"judge": {"base_url": "http://127.0.0.1:9", "model": "none", "max_retries": 0}}
+    ended = posttrain("run", pipeline(tmp_path, [nobody], chat=chat), "--root", tmp_path / "runs")
+    assert ended.code == 2 and "judge.base_url: http://127.0.0.1:9" in ended.err
+    ended = posttrain("run", pipeline(tmp_path, ["length"], chat=chat), "--root", tmp_path / "runs")
+    assert ended.code == 0, ended.err
+    ended = posttrain("run", pipeline(tmp_path, ["length", nobody], chat=chat), "--root", tmp_path / "other")
+    assert ended.code == 2
+    ended = posttrain("run", pipeline(tmp_path, ["refusals"], chat=chat), "--root", tmp_path / "other")
+    assert ended.code == 2 and "--rebuild curate" in ended.err, "a finished step is not thrown away unasked"
