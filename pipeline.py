@@ -32,7 +32,7 @@ from posttrain.config import (
     read_pipeline,
     validate,
 )
-from posttrain.error import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, StageFailed, UserError
+from posttrain.error import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, StageFailed, UserError, heed_signals
 from posttrain.stage import ArtifactKind, Input, Stage, StageConfig, load_stage
 
 if TYPE_CHECKING:
@@ -391,14 +391,20 @@ def _start(node: Node, held_out: Sequence[Pinned] = ()) -> ledger.Attempt:
     )
 
 
-def _record(entry: Node | Pinned) -> dict[str, Any]:
+def _read_entry(entry: Node | Pinned) -> tuple[Input, str]:
+    """A source, or the output of a finished stage, as a stage reads it, and the id of that build. Raises `UserError`."""
     if isinstance(entry, Pinned):
-        kind, build, source = _kinds(entry)[0], entry.fingerprint, entry.source
-    else:
-        finished = artifact.read_artifact(entry.directory)
-        assert finished is not None, f"{entry.name} was to be finished by now"
-        kind, build, source = finished.kind, finished.id, ledger.output_source(finished)
-    return {"name": entry.name, "kind": kind, "fingerprint": entry.fingerprint, "id": build, "source": source.model_dump(mode="json")}
+        return Input(entry.name, _kinds(entry)[0], entry.fingerprint, entry.source), entry.fingerprint
+    finished = artifact.read_artifact(entry.directory)
+    if finished is None:
+        raise UserError(f"stages.{entry.name}: is not finished, so what it makes cannot be read; run it first (--until {entry.name})")
+    return Input(entry.name, finished.kind, entry.fingerprint, ledger.output_source(finished)), finished.id
+
+
+def _record(entry: Node | Pinned) -> dict[str, Any]:
+    given, build = _read_entry(entry)
+    source = given.source.model_dump(mode="json")
+    return {"name": given.name, "kind": given.kind, "fingerprint": given.fingerprint, "id": build, "source": source}
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -582,7 +588,7 @@ def inspect_command(
             f"{stage}: stages of the kind {node.stage.kind} train on no rows; {nearest(stage, able) if able else 'no stage does'}"
         )
     policy, first = _tokenizing_policy(node)
-    data = _as_input(node.inputs["data"][0])
+    data, _ = _read_entry(node.inputs["data"][0])
 
     from posttrain import inspection
     from posttrain.data.prepared import describe_formats
@@ -622,16 +628,7 @@ def _tokenizing_policy(node: Node) -> tuple[Input, Any]:
     first, entry = node.config, node.inputs["policy"][0]
     while isinstance(entry, Node) and not artifact.read_artifact(entry.directory):
         first, entry = entry.config, entry.inputs["policy"][0]
-    return _as_input(entry), first
-
-
-def _as_input(entry: Node | Pinned) -> Input:
-    if isinstance(entry, Pinned):
-        return Input(entry.name, _kinds(entry)[0], entry.fingerprint, entry.source)
-    finished = artifact.read_artifact(entry.directory)
-    if finished is None:
-        raise UserError(f"stages.{entry.name}: is not finished, so what it makes cannot be looked at; run it first (--until {entry.name})")
-    return Input(entry.name, finished.kind, entry.fingerprint, ledger.output_source(finished))
+    return _read_entry(entry)[0], first
 
 
 def _plan_row(node: Node, decision: Decision) -> dict[str, Any]:
@@ -729,23 +726,14 @@ def _coloured(action: str) -> "Text":
     return Text(action, colours.get(action, "green"))
 
 
-@contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    def stop(signum: int, frame: object) -> None:
-        raise Preempted(f"stopped by {signal.Signals(signum).name}")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR2)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _stop(signum: int) -> None:
+    raise Preempted(f"stopped by {signal.Signals(signum).name}")
 
 
 def main() -> int:
     """Run one command; the exit code says whose turn it is: 0 done, 1 crash, 2 your input, 3 a gate, 75 run again."""
     try:
-        with _stop_on_sigterm():
+        with heed_signals(_stop):
             cli(standalone_mode=False)
         return EXIT_DONE
     except UserError as error:

@@ -41,6 +41,16 @@ def deal(samples: Sequence[int] | Indices, lengths: Sequence[int] | Indices, siz
     return [micro_batches[rank::world_size] for rank in range(world_size)]
 
 
+def token_batches(lengths: Sequence[int], at_most: int) -> Iterator[list[int]]:
+    """Positions in batches of at most `at_most` tokens, padding counted, the longest first; one that is longer stands alone."""
+    order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
+    start = 0
+    while start < len(order):
+        size = max(1, at_most // max(1, lengths[order[start]]))
+        yield order[start : start + size]
+        start += size
+
+
 class GlobalBatches:
     """The micro-batches of one rank, in order, from any step on; a batch sampler for `torch.utils.data.DataLoader`.
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from posttrain.error import UserError
 
@@ -21,12 +21,13 @@ CHUNK_BYTES = 1 << 20
 FULL_BYTES = 1 << 16
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text`, atomically and synced."""
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file beside `path` to write to, which takes its place, synced, when the block ends; nothing is left of it where that fails."""
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         Path(aside).chmod(0o644)
@@ -35,6 +36,12 @@ def write_text(path: Path, text: str) -> None:
         Path(aside).unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text`, atomically and synced."""
+    with _replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -55,17 +62,8 @@ def write_array(path: Path, array: Any) -> None:
     import numpy as np
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(aside).replace(path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+    with _replacing(path) as file:
+        np.save(file, array, allow_pickle=False)
 
 
 def publish_directory(aside: Path, path: Path) -> None:

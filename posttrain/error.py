@@ -3,6 +3,10 @@
 Anything else that is raised is a crash: exit code 1, with a traceback in the log.
 """
 
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 EXIT_DONE = 0
 EXIT_CRASH = 1
 EXIT_USER = 2
@@ -20,3 +24,14 @@ class StageFailed(Exception):
 
 class Preempted(Exception):
     """A signal asked the work to stop, and its state is saved: run the same command again. Exit code 75."""
+
+
+@contextmanager
+def heed_signals(handler: Callable[[int], None]) -> Iterator[None]:
+    """Give the signals by which a scheduler asks work to stop in order, SIGTERM and SIGUSR2, to `handler` while the block runs."""
+    before = {number: signal.signal(number, lambda signum, _: handler(signum)) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

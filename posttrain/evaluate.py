@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from posttrain.batch import token_batches
 from posttrain.chat import ChatContract, encode, encode_prompt, read_contract
 from posttrain.data.prepared import describe_formats
 from posttrain.data.rows import Conversation, Pair
@@ -173,11 +174,9 @@ def gather(mine: list[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
 @torch.no_grad()
 def _score(model: PreTrainedModel, scored: Sequence[Scored], pad: int, progress: Progress) -> list[dict[str, Any]]:
     """Summed log-probability and number of the counted tokens of each sequence, in batches of like length."""
-    order = sorted(scored, key=lambda sequence: -len(sequence.ids))
     results: list[dict[str, Any]] = []
-    while order:
-        size = max(1, TOKENS_AT_ONCE // len(order[0].ids))
-        batch, order = order[:size], order[size:]
+    for positions in token_batches([len(sequence.ids) for sequence in scored], TOKENS_AT_ONCE):
+        batch = [scored[position] for position in positions]
         for sequence, (logp, num_tokens) in zip(batch, _sum_logps(model, batch, pad), strict=True):
             results.append({"row": sequence.row, "measure": sequence.part, "logp": logp, "num_tokens": num_tokens})
         progress.step(len(results))

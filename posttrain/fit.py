@@ -7,13 +7,11 @@ ranks; 2. a run is one stretch of steps, so its position is one number and a res
 through batches; 3. a checkpoint counts only with its marker; 4. SIGTERM and SIGUSR2 save and end the run in order.
 """
 
-import contextlib
 import json
 import math
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -29,7 +27,7 @@ from posttrain.checkpoint import last_complete, mark_complete
 from posttrain.config import nearest
 from posttrain.data.prepared import prepare
 from posttrain.data.samples import Encoder
-from posttrain.error import Preempted, UserError
+from posttrain.error import Preempted, UserError, heed_signals
 from posttrain.models import check_weights, load_policy, load_tokenizer, publish, stored_dtype, train_new_tokens
 from posttrain.preflight import fatal_faults, preflight
 from posttrain.progress import Progress
@@ -290,7 +288,7 @@ def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: l
     trainer.add_callback(watch)
     if config.lora is not None:
         train_new_tokens(trainer.model, fitting.tokenizer, fitting.contract)
-    with _signals(watch):
+    with heed_signals(watch.note_signal):
         # From the checkpoint of the last step this only loads it: what was cut off then was the publishing.
         trainer.train(resume_from_checkpoint=str(last.path) if last else None)
     if watch.stopped:
@@ -357,25 +355,16 @@ class Watch(TrainerCallback):
             path = self.context.checkpoints / f"checkpoint-{state.global_step}"
             mark_complete(path, state.global_step, self.context.world_size)
 
+    def note_signal(self, signum: int) -> None:
+        """Remember that a signal asked for an end."""
+        self.signalled = True
+
     def _any_signalled(self) -> bool:
         if not dist.is_initialized():
             return self.signalled
         flag = torch.tensor([int(self.signalled)], device="cuda" if torch.cuda.is_available() else "cpu")
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
-
-
-@contextlib.contextmanager
-def _signals(watch: Watch) -> Iterator[None]:
-    def note(signum: int, frame: object) -> None:
-        watch.signalled = True
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR2)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _final_metrics(context: StageContext[Any], num_steps: int) -> dict[str, float]:

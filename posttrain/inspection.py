@@ -96,9 +96,9 @@ def choose(
         )
     else:
         measured = losses(list(source.rows()))
-    highest = heapq.nlargest(num_rows, enumerate(measured), key=lambda measure: (measure[1], -measure[0]))
-    by_index = {index: row for index, row in enumerate(source.rows()) if index in dict(highest)}
-    return [(index, by_index[index], value if worst == "loss" else None) for index, value in highest]
+    highest = dict(heapq.nlargest(num_rows, enumerate(measured), key=lambda measure: (measure[1], -measure[0])))
+    by_index = {index: row for index, row in enumerate(source.rows()) if index in highest}
+    return [(index, by_index[index], value if worst == "loss" else None) for index, value in highest.items()]
 
 
 def inspect(encoder: Encoder, tokenizer: "PreTrainedTokenizerBase", index: int, row: Row, loss: float | None = None) -> Inspected:

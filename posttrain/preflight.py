@@ -33,7 +33,6 @@ def preflight(context: StageContext[Any], tokenizer: Any) -> None:
 
     config, limits = context.config, context.config.preflight
     prepared = read_prepared(context)
-    data = prepared.load_all()
     lengths = prepared.column("length")
     is_cut, is_unstopped = prepared.column("is_cut"), prepared.column("is_unstopped")
     repeats = _repeats(prepared.column("fingerprint"))
@@ -72,7 +71,7 @@ def preflight(context: StageContext[Any], tokenizer: Any) -> None:
         "examples": {
             **prepared.examples,
             **({"invalid": prepared.first_invalid} if prepared.first_invalid else {}),
-            **_examples(data, is_cut, is_unstopped, repeats, leaks),
+            **_examples(prepared.samples, is_cut, is_unstopped, repeats, leaks),
         },
     }
     exceeded = [name for name, share in shares.items() if share > getattr(limits, name)]

@@ -26,6 +26,7 @@ from typing import Any, Literal
 from posttrain import artifact, disk
 from posttrain.error import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 from posttrain.ledger import Attempt, open_context
+from posttrain.parallel import num_cores
 from posttrain.provenance import provenance
 from posttrain.stage import Stage, StageContext
 
@@ -121,7 +122,7 @@ def _train(stage: Stage[Any], context: StageContext[Any]) -> None:
     import torch
 
     os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", context.world_size))))
+    torch.set_num_threads(max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", context.world_size))))
     with _process_group(context):
         metrics = stage.run(context)
     if context.is_main:

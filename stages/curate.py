@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from pydantic import SerializationInfo, field_serializer, field_validator
 
 from posttrain.curate.steps import Listed, check_inputs, identify_steps, list_steps, parse_steps, step_classes
-from posttrain.error import UserError
+from posttrain.error import UserError, heed_signals
 from posttrain.stage import Role, Stage, StageConfig, StageContext
 
 CHEAP_STEPS: list[Listed] = [
@@ -69,7 +69,7 @@ def run(context: StageContext[CurateConfig]) -> dict[str, float]:
 
     progress = StopInOrder(context.directory, is_main=context.is_main)
     steps = parse_steps(context.config.steps, f"{context.at}.steps")
-    with progress.heed_signals(), forget_if_idle(context):
+    with heed_signals(progress.note_signal), forget_if_idle(context):
         account = Account(read_rows(context, progress))
         save_start(context)
         for number, step in enumerate(steps, 1):

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from posttrain.curate.rows import answers_of, prompt_of, texts_of
+from posttrain.curate.rows import answers_of, messages_of, prompt_of, texts_of
 from posttrain.curate.step import Bench, Candidate, Drop, Outcome, Step
 from posttrain.curate.text import words
-from posttrain.data.rows import Conversation, Message, Pair, Row
+from posttrain.data.rows import Conversation, Pair, Row
 from posttrain.parallel import map_chunks
 
 if TYPE_CHECKING:
@@ -57,10 +57,6 @@ _COMPARED: dict[type[Row], tuple[str, ...]] = {
     Conversation: ("messages", "tools", "checks"),
     Pair: ("prompt", "chosen", "rejected", "tools"),
 }
-
-
-def _messages(row: Row) -> list[Message]:
-    return row.messages if isinstance(row, Conversation) else [*row.prompt, *row.chosen, *row.rejected]
 
 
 def _said(value: Any) -> str:
@@ -147,7 +143,7 @@ class NearDuplicates(Step):
         if self.by == "answer":
             return "\n".join(answers_of(row))
         # What a tool is called with is part of what is said, and may be all in which two rows differ.
-        calls = [_said(message.get("tool_calls", "")) for message in _messages(row)]
+        calls = [_said(message.get("tool_calls", "")) for message in messages_of(row)]
         return "\n".join([*texts_of(row), *calls])
 
 

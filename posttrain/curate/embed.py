@@ -14,7 +14,7 @@ equally well by the layers from a tenth to a half of the way up, and worse by th
 A sentence-transformers model that is named instead is taken as it is.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -114,16 +114,6 @@ def normalize(vectors: "Vectors") -> "Vectors":
     return unit
 
 
-def token_batches(lengths: Sequence[int], at_most: int) -> Iterator[list[int]]:
-    """Positions in batches of at most `at_most` tokens, padding counted, the longest first; one that is longer stands alone."""
-    order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
-    start = 0
-    while start < len(order):
-        size = max(1, at_most // max(1, lengths[order[start]]))
-        yield order[start : start + size]
-        start += size
-
-
 def _by_policy(step: EmbeddingStep, bench: Bench) -> Callable[[Sequence[str]], "Vectors"]:
     """Mean hidden states over the tokens of each text; the model is loaded when the first chunk is missing."""
     loaded: list[Any] = []
@@ -131,6 +121,8 @@ def _by_policy(step: EmbeddingStep, bench: Bench) -> Callable[[Sequence[str]], "
     def compute(texts: Sequence[str]) -> "Vectors":
         import numpy as np
         import torch
+
+        from posttrain.batch import token_batches
 
         if not loaded:
             loaded.extend(open_policy(bench))
@@ -182,6 +174,8 @@ def _by_sentence_model(source: ModelSource, step: EmbeddingStep, bench: Bench) -
 
     def compute(texts: Sequence[str]) -> "Vectors":
         import numpy as np
+
+        from posttrain.batch import token_batches
 
         if not loaded:
             loaded.append(_load_sentence_model(source, step, f"{bench.context.at}: {step.name}.embedder"))

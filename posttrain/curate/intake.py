@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from posttrain.config import is_hub_id
 from posttrain.curate.records import is_answered, is_bare
 from posttrain.curate.step import Candidate
-from posttrain.data.files import Record, open_file, open_hub
-from posttrain.data.source import OpenSource, open_source
+from posttrain.data.files import Record
+from posttrain.data.source import OpenSource, open_source, read_records
 from posttrain.error import UserError
 from posttrain.progress import Progress
 from posttrain.stage import Input, StageContext
@@ -86,15 +85,8 @@ def _open(context: StageContext[Any], given: Input) -> OpenSource:
 
 def _records(source: OpenSource) -> Iterator[tuple[str, Record]]:
     """The records of the misfits, as they stand in the files, with their places."""
-    given = source.source
-    for path in given.paths:
-        name, _, revision = path.partition("@")
-        records = (
-            open_hub(name, revision=revision, subset=given.subset, split=given.split)
-            if is_hub_id(name)
-            else open_file(path, given.column_names)
-        )
-        yield from ((origin, record) for origin, record in records if origin in source.invalid)
+    for path in source.source.paths:
+        yield from ((origin, record) for origin, record in read_records(source.source, path, source.at) if origin in source.invalid)
 
 
 def _check_answers(context: StageContext[Any], intake: Intake) -> None:

@@ -3,15 +3,14 @@
 import ipaddress
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.curate.each import Verdict, judge_each
-from posttrain.curate.rows import map_texts
+from posttrain.curate.rows import map_messages, map_texts
 from posttrain.curate.step import Bench, Candidate, Outcome, Step
-from posttrain.data.rows import Conversation, Message, Row
+from posttrain.data.rows import Message, Row
 from posttrain.error import UserError
 
 Kind = Literal["email", "ip", "phone", "card", "iban"]
@@ -78,7 +77,7 @@ class Pii(Step):
 
         def judge(row: Row) -> Verdict | None:
             masks = Masks(kinds, self.phone_regions)
-            masked = _map_arguments(map_texts(row, masks.mask), masks.mask)
+            masked = map_messages(map_texts(row, masks.mask), lambda message: _with_arguments(message, masks.mask))
             return Verdict(row=masked, changes=frozenset(masks.numbers)) if masks.numbers else None
 
         return judge_each(candidates, judge, bench)
@@ -172,22 +171,9 @@ FINDERS: dict[Kind, Callable[[str, Sequence[str]], Iterator[Found]]] = {
 """In this order, since the digits of an IBAN or a card may look like a phone number."""
 
 
-def _map_arguments(row: Row, change: Callable[[str], str]) -> Row:
-    """The row with the arguments of its tool calls changed; the very same object where nothing changes."""
-
-    def changed(messages: list[Message]) -> list[Message]:
-        return [_with_arguments(message, change) if "tool_calls" in message else message for message in messages]
-
-    if isinstance(row, Conversation):
-        messages = changed(row.messages)
-        return row if messages == row.messages else replace(row, messages=messages)
-    prompt, chosen, rejected = changed(row.prompt), changed(row.chosen), changed(row.rejected)
-    if (prompt, chosen, rejected) == (row.prompt, row.chosen, row.rejected):
-        return row
-    return replace(row, prompt=prompt, chosen=chosen, rejected=rejected)
-
-
 def _with_arguments(message: Message, change: Callable[[str], str]) -> Message:
+    if "tool_calls" not in message:
+        return message
     calls = [
         {**call, "function": {**call["function"], "arguments": _in_values(call["function"]["arguments"], change)}}
         for call in message["tool_calls"]

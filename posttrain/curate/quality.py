@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from posttrain.curate.embed import open_policy, token_batches
+from posttrain.curate.embed import open_policy
 from posttrain.curate.scored import Scored, answered, measure_by_length
 from posttrain.curate.step import Bench, Candidate, Drop, Outcome
 from posttrain.curate.threads import each_batch
@@ -162,6 +162,8 @@ def mean_losses(model: Any, answers: Sequence[tuple[list[int], list[int]]], pad:
     import numpy as np
     import torch
 
+    from posttrain.batch import token_batches
+
     losses = np.zeros(len(answers), dtype=np.float32)
     there = [number for number, (_, ids) in enumerate(answers) if ids]
 
@@ -191,6 +193,8 @@ def mean_losses(model: Any, answers: Sequence[tuple[list[int], list[int]]], pad:
 def score_ids(model: Any, conversations: Sequence[list[int]]) -> list[float]:
     """The reward of each conversation of token ids. A model that knows no pad token reads each by itself."""
     import torch
+
+    from posttrain.batch import token_batches
 
     pad = model.config.get_text_config().pad_token_id
     rewards = [0.0] * len(conversations)

@@ -21,7 +21,7 @@ def answers_of(row: Row) -> list[str]:
 
 def texts_of(row: Row) -> list[str]:
     """The contents of all messages, in order; of a pair the prompt's, then the answers'."""
-    return [message["content"] for message in _messages(row)]
+    return [message["content"] for message in messages_of(row)]
 
 
 def answer_texts_of(row: Row) -> list[str]:
@@ -32,9 +32,14 @@ def answer_texts_of(row: Row) -> list[str]:
 
 def map_texts(row: Row, change: Callable[[str], str]) -> Row:
     """The row with every content changed; the very same object where nothing changes."""
+    return map_messages(row, lambda message: {**message, "content": change(message["content"])})
+
+
+def map_messages(row: Row, change: Callable[[Message], Message]) -> Row:
+    """The row with every message changed; the very same object where nothing changes."""
 
     def changed(messages: list[Message]) -> list[Message]:
-        return [{**message, "content": change(message["content"])} for message in messages]
+        return [change(message) for message in messages]
 
     if isinstance(row, Conversation):
         messages = changed(row.messages)
@@ -45,7 +50,8 @@ def map_texts(row: Row, change: Callable[[str], str]) -> Row:
     return replace(row, prompt=prompt, chosen=chosen, rejected=rejected)
 
 
-def _messages(row: Row) -> list[Message]:
+def messages_of(row: Row) -> list[Message]:
+    """All messages, in order; of a pair the prompt's, then the answers'."""
     return row.messages if isinstance(row, Conversation) else [*row.prompt, *row.chosen, *row.rejected]
 
 

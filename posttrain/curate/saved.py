@@ -6,7 +6,6 @@ applying the checkpoints in order. Checkpoint 0, of the reading alone, says that
 
 import json
 import shutil
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, replace
@@ -89,19 +88,9 @@ class StopInOrder(Progress):
         if self.signalled:
             raise Preempted("curate keeps the steps it has finished")
 
-    @contextmanager
-    def heed_signals(self) -> Iterator[None]:
-        """Take note of signals in the block."""
-
-        def note(signum: int, frame: object) -> None:
-            self.signalled = True
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR2)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def note_signal(self, signum: int) -> None:
+        """Remember that a signal asked for an end."""
+        self.signalled = True
 
 
 def _encode(candidates: Sequence[Candidate], outcome: Outcome) -> str:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,9 +65,10 @@ class Prepared:
 
     def load(self) -> "Dataset":
         """The samples, mapped from disk: the encoder's columns, and `length`."""
-        return self.load_all().select_columns([*self.columns, "length"])
+        return self.samples.select_columns([*self.columns, "length"])
 
-    def load_all(self) -> "Dataset":
+    @cached_property
+    def samples(self) -> "Dataset":
         """The samples with all that is known of each."""
         from datasets import Dataset
 
@@ -75,7 +76,7 @@ class Prepared:
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """One number of each sample, `(num_rows,)`."""
-        return np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in self.load_all().data.column(name).chunks])
+        return np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in self.samples.data.column(name).chunks])
 
     def num_trained_by_token(self) -> npt.NDArray[np.int64]:
         """How often each token of the vocabulary is trained, `(vocabulary,)`."""

@@ -100,7 +100,7 @@ class OpenSource:
     def _kept(self, entry: Entry) -> Iterator[Row]:
         """The rows of one entry that are on the asked side of the held-out split, in file order."""
         source = self.source
-        for position, record in _records(source, entry.path, self.at):
+        for position, record in read_records(source, entry.path, self.at):
             try:
                 row = convert(rename(record, source.columns), entry.format, position)
             except UserError as error:
@@ -171,7 +171,8 @@ def _pick(rows: Iterator[Row], positions: Sequence[int]) -> Iterator[Row]:
                 return
 
 
-def _records(source: DataSource, path: str, at: str) -> Records:
+def read_records(source: DataSource, path: str, at: str) -> Records:
+    """The raw records of one entry of `source`. Raises `UserError`, beginning with `at`."""
     name, _, revision = path.partition("@")
     try:
         if is_hub_id(name):
@@ -189,7 +190,7 @@ def _open_entry(source: DataSource, path: str, at: str) -> Entry:
 
 
 def _first(source: DataSource, path: str, at: str) -> Record:
-    first = next(_records(source, path, at), None)
+    first = next(read_records(source, path, at), None)
     if first is None:
         raise UserError(f"{at}: data: {path} holds no rows; add some, or leave it out")
     return first[1]
@@ -206,7 +207,7 @@ def _check_columns(source: DataSource, at: str) -> None:
     check_columns(source.columns, LAYOUTS, f"{at}: columns")
     for ours, theirs in source.columns.items():
         # The first record nearly always settles it; a column that JSONL rows leave out at first may still come later.
-        if not any(theirs in record for path in source.paths for _, record in _records(source, path, at)):
+        if not any(theirs in record for path in source.paths for _, record in read_records(source, path, at)):
             known = list(_first(source, source.paths[0], at))
             hint = nearest(theirs, known) if len(known) <= 12 else f"known: {names(known)}"
             raise UserError(f"{at}: columns.{ours}: {show(theirs)} is no column of {source.paths[0]}; {hint}")

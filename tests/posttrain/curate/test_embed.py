@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain.batch import token_batches
 from posttrain.curate.contamination import Contamination
 from posttrain.curate.diversity import Diversity
-from posttrain.curate.embed import DEPTH, KEPT_COMPONENTS, embed, normalize, token_batches, whiten
+from posttrain.curate.embed import DEPTH, KEPT_COMPONENTS, embed, normalize, whiten
 from posttrain.error import UserError
 from tests.posttrain.curate.measured import make_bench, minilm, policy
 
