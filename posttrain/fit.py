@@ -3,40 +3,48 @@
     arguments -> model -> trainer (TRL's, on our order of samples) -> resume -> train -> save -> publish
 
 Differences from running a TRL trainer by itself: 1. the global batch is config, and the same samples on any number of
-ranks; 2. a run is one stretch of steps, so its position is one number and a resume starts there, without skipping
-through batches; 3. a checkpoint counts only with its marker; 4. SIGTERM and SIGUSR2 save and end the run in order.
+ranks, cut into micro-batches by tokens, its loss and its metrics those of all of it; 2. a run is one stretch of steps, so its
+position is one number and a resume starts there, without skipping through batches; 3. a checkpoint counts only with its
+marker; 4. SIGTERM and SIGUSR2 save and end the run in order; 5. TRL's loss gets its log-probabilities from `forward`.
 """
 
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from posttrain.batch import GlobalBatches, count_steps, micro_batch_size
+from posttrain.batch import GlobalBatches, count_steps
 from posttrain.chat import ChatContract
 from posttrain.checkpoint import last_complete, mark_complete
 from posttrain.config import nearest
-from posttrain.data.prepared import prepare
+from posttrain.data.prepared import Prepared, prepare
 from posttrain.data.samples import Encoder
 from posttrain.error import Preempted, UserError, heed_signals
+from posttrain.forward import to_batch
+from posttrain.layout import Group, Layout, restore_attention
 from posttrain.models import check_weights, load_policy, load_tokenizer, publish, stored_dtype, train_new_tokens
 from posttrain.preflight import fatal_faults, preflight
 from posttrain.progress import Progress
 from posttrain.recipe import TrainingConfig
+from posttrain.settle import MOST_TOKENS, settle
 from posttrain.stage import Input, StageContext
 
 OWNED = {
     "output_dir": "the stage directory is used",
-    "per_device_train_batch_size": "set it on the stage itself",
+    "per_device_train_batch_size": "set micro_batch_tokens on the stage itself",
     "gradient_accumulation_steps": "it is derived from global_batch_size",
     "resume_from_checkpoint": "`run` resumes by itself",
     "dataset_kwargs": "data are prepared before training",
@@ -49,6 +57,8 @@ OWNED = {
     "push_to_hub": "publish a finished stage instead",
 }
 """Fields of TRL's and transformers' config classes that the pipeline sets, and what to do instead."""
+SPEEDS = ("tokens_per_s", "trained_tokens_per_s", "step_time_s")
+"""Metrics of speed; tokens are those of the samples, those of a pair's prompt counted for each of its answers."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +124,6 @@ def check_preparations(context: StageContext[Any], arguments_class: type[Any]) -
     check_trainer_fields(config, arguments_class, context.at)
     if config.deepspeed is not None:
         read_deepspeed(config.deepspeed, context.at)
-    if config.packing and config.attn_implementation == "eager" and torch.cuda.is_available():
-        raise UserError(f"{context.at}.packing: needs another attn_implementation than eager on a GPU")
 
 
 def read_deepspeed(path: str, at: str) -> dict[str, Any]:
@@ -171,8 +179,6 @@ def _check_targets(model: PreTrainedModel, targets: str | list[str], at: str) ->
 
 def _arguments(context: StageContext[Any], arguments_class: type[Any], fields: dict[str, Any]) -> Any:
     config: TrainingConfig = context.config
-    share = config.global_batch_size // context.world_size
-    micro = micro_batch_size(share, config.per_device_train_batch_size)
     on_gpu = torch.cuda.is_available()
     deepspeed = None
     if config.deepspeed is not None:
@@ -180,8 +186,9 @@ def _arguments(context: StageContext[Any], arguments_class: type[Any], fields: d
         _ready_deepspeed()
     return arguments_class(
         output_dir=str(context.checkpoints),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=share // micro,
+        # A step is one batch to the trainer; how it is computed is ours.
+        per_device_train_batch_size=max(1, config.global_batch_size // context.world_size),
+        gradient_accumulation_steps=1,
         learning_rate=config.learning_rate,
         max_steps=1,  # set by `fit`, which knows the data
         lr_scheduler_type=config.lr_scheduler_type,
@@ -229,22 +236,105 @@ def _peft_config(config: TrainingConfig) -> Any:
 
 
 class OurOrder(Trainer):
-    """Mixed into a TRL trainer: batches come from `GlobalBatches`, from the step on where the run stands."""
+    """Mixed into a TRL trainer: steps come from `GlobalBatches`, and each is computed as a number of micro-batches.
 
+    A stage's trainer says of its samples what groups they are, and what TRL's loss wants to know of them.
+    """
+
+    layouts: tuple[Layout, ...]
+    """Layouts that the samples can be computed in, beside padded rows, the best first."""
+    prepared: Prepared
     batches: GlobalBatches
+    layout: Layout
+    pad: int
+    _metrics: dict[str, dict[str, list[float]]]
+
+    def groups(self, samples: Sequence[int]) -> list[Group]:
+        """The samples of those numbers."""
+        raise NotImplementedError
+
+    def complete(self, batch: dict[str, Any], samples: Sequence[int]) -> dict[str, Any]:
+        """What TRL's loss wants, of the batch that a model is called with."""
+        return batch
+
+    def num_items(self, step: int) -> int | None:
+        """What the loss of a step is divided by, where that is not its number of samples."""
+        return None
+
+    def weights(self, batch: dict[str, Any]) -> dict[str, float]:
+        """By how much a micro-batch counts in each metric; `` is for those that are not named."""
+        raise NotImplementedError
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The micro-batches of this rank; accelerate must not shard them again."""
-        dataset: Any = self.train_dataset
+        """The steps of this rank, each a list of micro-batches; accelerate must not shard them again."""
+        steps: Any = _MicroBatches(self)
         return DataLoader(
-            dataset,
+            steps,
             batch_sampler=self.batches,
-            collate_fn=self.data_collator,
+            collate_fn=list,
             # Of its own: an iterator draws a seed when it starts, and a resumed run starts one more than a whole one.
             generator=torch.Generator(),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one step; returns this rank's part of its loss."""
+        model.train()
+        micro_batches: list[dict[str, Any]] = inputs
+        step = self.state.global_step
+        num_items = self.num_items(step)
+        if num_items is not None:
+            num_items_in_batch = torch.tensor(num_items, device=self.args.device)
+        self.current_gradient_accumulation_steps = len(micro_batches)
+        is_deepspeed = self.is_deepspeed_enabled
+        total = torch.zeros((), device=self.args.device)
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for number, batch in enumerate(micro_batches):
+            is_last = number == len(micro_batches) - 1
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
+            weights = self.weights(batch)
+            with nullcontext() if is_last or is_deepspeed else self.accelerator.no_sync(model):
+                with self._alone(weights, sums), self.compute_loss_context_manager():
+                    loss = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=num_items_in_batch)
+                if num_items is None:
+                    # A mean over the samples of this micro-batch; ranks' gradients are averaged.
+                    loss = loss * (weights[""] * self.batches.world_size / self.batches.global_batch_size)
+                self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))
+            total += loss.detach()
+        self._metrics["train"] = {name: [value] for name, value in self._over_ranks(sums).items()}
+        return total
+
+    @contextmanager
+    def _alone(self, weights: dict[str, float], sums: dict[str, list[float]]) -> Iterator[None]:
+        """Let TRL compute a micro-batch's metrics on this rank alone, and add them to `sums` by their weights.
+
+        TRL gathers each of them from all ranks for every micro-batch, which costs a collective each, and cannot be where ranks
+        hold unlike numbers of samples.
+        """
+        metrics = self._metrics["train"] = defaultdict(list)
+        self.accelerator.gather = self.accelerator.gather_for_metrics = lambda value: value
+        try:
+            yield
+        finally:
+            del self.accelerator.gather, self.accelerator.gather_for_metrics
+        for name, values in metrics.items():
+            if name != "num_tokens":
+                weight = weights.get(name, weights[""])
+                sums[name][0] += weight * float(values[-1])
+                sums[name][1] += weight
+
+    def _over_ranks(self, sums: dict[str, list[float]]) -> dict[str, float]:
+        names = sorted(sums)
+        table = torch.tensor([sums[name] for name in names], dtype=torch.float32 if self.args.device.type == "mps" else torch.float64)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            table = table.to(self.args.device)
+            dist.all_reduce(table)
+        return {name: float(total / max(weight, 1e-9)) for name, (total, weight) in zip(names, table.tolist(), strict=True)}
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: the trainer's estimate is for one padded batch."""
+        return 0
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """What weight decay applies to: never an embedding of which only new rows are trained."""
@@ -257,17 +347,37 @@ class OurOrder(Trainer):
         """TRL writes a card into every checkpoint; ours is private state and needs none."""
 
 
+class _MicroBatches(Dataset[dict[str, Any]]):
+    """A trainer's micro-batches, each asked for by the numbers of its samples."""
+
+    def __init__(self, trainer: OurOrder) -> None:
+        self.trainer = trainer
+
+    def __len__(self) -> int:
+        return self.trainer.prepared.num_rows
+
+    def __getitem__(self, samples: Any) -> dict[str, Any]:
+        batch = to_batch(self.trainer.groups(samples), self.trainer.layout, self.trainer.pad)
+        return self.trainer.complete(batch, samples)
+
+
+def bare_model(model: Any) -> PreTrainedModel:
+    """The model itself, without the adapters around it."""
+    bare: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model
+    return bare
+
+
 def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: list[list[int]], role: str = "policy") -> dict[str, float]:
     """Resume -> train -> save -> publish. Returns the final metrics. All ranks call it."""
     config: TrainingConfig = context.config
-    dataset = trainer.train_dataset
-    num_steps = config.max_steps or count_steps(len(dataset), config.num_train_epochs, config.global_batch_size)
+    num_samples = trainer.prepared.num_rows
+    num_steps = config.max_steps or count_steps(num_samples, config.num_train_epochs, config.global_batch_size)
     trainer.args.max_steps = num_steps
     trainer.batches = GlobalBatches(
-        dataset["length"],
+        trainer.prepared.sizes("padded"),  # until it is settled
         num_steps=num_steps,
         global_batch_size=config.global_batch_size,
-        micro_batch_size=trainer.args.per_device_train_batch_size,
+        micro_batch_tokens=min(MOST_TOKENS.values()),
         seed=config.seed,
         rank=context.rank,
         world_size=context.world_size,
@@ -284,7 +394,7 @@ def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: l
         print(f"resuming from {last.path}", flush=True)
     progress.rewind(last.step if last else 0)
     progress.phase("train", num_steps, last.step if last else 0)
-    watch = Watch(context, trainer.batches, progress)
+    watch = Watch(context, trainer, progress, is_resuming=last is not None)
     trainer.add_callback(watch)
     if config.lora is not None:
         train_new_tokens(trainer.model, fitting.tokenizer, fitting.contract)
@@ -294,6 +404,7 @@ def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: l
     if watch.stopped:
         raise Preempted(f"{context.name} saved its state after step {trainer.state.global_step}")
     progress.phase("publish")
+    restore_attention(bare_model(trainer.accelerator.unwrap_model(trainer.model)))
     given: Input = context.input(role)
     publish(
         context,
@@ -311,20 +422,47 @@ def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: l
 class Watch(TrainerCallback):
     """Follows the training loop: progress, metrics, the marker of each checkpoint, and the signals to stop."""
 
-    def __init__(self, context: StageContext[Any], batches: GlobalBatches, progress: Progress) -> None:
+    def __init__(self, context: StageContext[Any], trainer: Any, progress: Progress, *, is_resuming: bool) -> None:
         self.context = context
-        self.batches = batches
+        self.trainer = trainer
+        self.batches: GlobalBatches = trainer.batches
+        self.lengths: npt.NDArray[np.int64] = trainer.prepared.column("length")
+        self.trained: npt.NDArray[np.int64] = trainer.prepared.column("num_trained")
         self.progress = progress
+        self.is_resuming = is_resuming
         self.signalled = False
         self.stopped = False
         self.loss = math.nan
-        self.tokens = 0
+        self.tokens = self.trained_tokens = self.steps = 0
+        self.since = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Settle how to compute, now that the model is where it will be trained."""
+        trainer, batches = self.trainer, self.batches
+        sizes = trainer.prepared.sizes("padded")
+        with trainer.accelerator.autocast():
+            settled = settle(
+                self.context,
+                trainer.model_wrapped,
+                bare_model(trainer.model),
+                trainer.groups,
+                longest=int(sizes.longest.max()),
+                num_tokens=int(self.lengths.mean() * batches.num_steps * batches.global_batch_size),
+                layouts=[*trainer.layouts, "padded"],
+                pad=trainer.pad,
+                is_resuming=self.is_resuming,
+            )
+        trainer.layout = settled.layout
+        batches.sizes, batches.micro_batch_tokens = trainer.prepared.sizes(settled.layout), settled.micro_batch_tokens
         self.since = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Count, show, and stop in order where any rank was signalled."""
-        self.tokens += self.batches.num_tokens(state.global_step - 1)
-        state.epoch = state.global_step * self.batches.global_batch_size / len(self.batches.lengths)
+        samples = self.batches.samples(state.global_step - 1)
+        self.tokens += int(self.lengths[samples].sum())
+        self.trained_tokens += int(self.trained[samples].sum())
+        self.steps += 1
+        state.epoch = state.global_step * self.batches.global_batch_size / len(self.lengths)
         if self._any_signalled() and state.global_step < self.batches.num_steps:
             self.stopped = control.should_save = control.should_training_stop = True
         if state.global_step == self.batches.num_steps:
@@ -336,8 +474,14 @@ class Watch(TrainerCallback):
             return  # the summary at the end, which says nothing new
         values = {name: float(value) for name, value in logs.items() if isinstance(value, (int, float))}
         now = time.monotonic()
-        values["tokens_per_s"] = self.tokens / (now - self.since)
-        self.tokens, self.since, self.loss = 0, now, values["loss"]
+        seconds = now - self.since
+        values |= {
+            "tokens_per_s": self.tokens / seconds,
+            "trained_tokens_per_s": self.trained_tokens / seconds,
+            "step_time_s": seconds / self.steps,
+        }
+        self.tokens = self.trained_tokens = self.steps = 0
+        self.since, self.loss = now, values["loss"]
         for what in ("loss", "grad_norm"):
             if not math.isfinite(values.get(what, 0.0)):
                 at = self.context.at
@@ -371,11 +515,6 @@ def _final_metrics(context: StageContext[Any], num_steps: int) -> dict[str, floa
     """The last logged values, and the mean loss over the whole run, attempts before a resume included."""
     lines = (context.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = [json.loads(line) for line in lines]
-    kept = {name: value for name, value in logged[-1].items() if name not in ("step", "epoch", "learning_rate", "tokens_per_s")}
-    speeds = sorted(entry["tokens_per_s"] for entry in logged)
-    return {
-        **kept,
-        "mean_loss": sum(entry["loss"] for entry in logged) / len(logged),
-        "num_steps": num_steps,
-        "tokens_per_s": speeds[len(speeds) // 2],
-    }
+    kept = {name: value for name, value in logged[-1].items() if name not in ("step", "epoch", "learning_rate", *SPEEDS)}
+    middle = {name: float(np.median([entry[name] for entry in logged])) for name in SPEEDS}
+    return {**kept, "mean_loss": sum(entry["loss"] for entry in logged) / len(logged), "num_steps": num_steps, **middle}

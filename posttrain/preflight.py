@@ -4,17 +4,20 @@ Nothing is trained on that was not shown here: the figures go to `preflight.json
 that exceeds its limit ends the stage. Limits are shares, strict by default, and set under `preflight:` of the stage.
 """
 
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from posttrain import disk
-from posttrain.batch import GlobalBatches, count_steps, deal, micro_batch_size
+from posttrain.batch import GlobalBatches, count_steps
 from posttrain.error import UserError
 from posttrain.ledger import PREFLIGHT_FILE
 from posttrain.recipe import PreflightLimits
 from posttrain.stage import StageContext
+
+if TYPE_CHECKING:
+    from posttrain.data.prepared import Prepared
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 STEPS_LOOKED_AT = 100
@@ -38,7 +41,7 @@ def preflight(context: StageContext[Any], tokenizer: Any) -> None:
     repeats = _repeats(prepared.column("fingerprint"))
     leaks = _leaks(context, prepared.column("question"))
     trained = prepared.num_trained_by_token()
-    padding = _padding(context, lengths)
+    padding = _padding(context, prepared)
 
     num_read, num_rows = prepared.num_read, prepared.num_rows
     counts = {fault: prepared.left_out.get(fault, 0) for fault in ("refused", "untrained", "identical")}
@@ -116,29 +119,30 @@ def _measured_apart(context: StageContext[Any]) -> list[Any]:
     return [given for given in context.held_out if given.name not in own]
 
 
-def _padding(context: StageContext[Any], lengths: npt.NDArray[np.int32]) -> float:
-    """Share of padding in the micro-batches of one rank among several, over the first steps."""
+def _padding(context: StageContext[Any], prepared: "Prepared") -> float:
+    """Share of padding in the micro-batches of one rank, over the first steps; none but where the config asks for padded rows."""
+    from posttrain.settle import MOST_TOKENS
+
     config = context.config
-    if config.packing:
+    if config.layout != "padded":
         return 0.0
-    micro = micro_batch_size(config.global_batch_size // context.world_size, config.per_device_train_batch_size)
-    num_steps = min(STEPS_LOOKED_AT, count_steps(len(lengths), 1, config.global_batch_size))
+    sizes = prepared.sizes("padded")
+    num_steps = min(STEPS_LOOKED_AT, count_steps(len(sizes), 1, config.global_batch_size))
     batches = GlobalBatches(
-        lengths.tolist(),
+        sizes,
         num_steps=num_steps,
         global_batch_size=config.global_batch_size,
-        micro_batch_size=micro,
+        micro_batch_tokens=config.micro_batch_tokens or min(MOST_TOKENS.values()),
         seed=config.seed,
         rank=0,
         world_size=1,
     )
     useful = computed = 0
     for step in range(num_steps):
-        samples = batches.samples(step)
-        for samples_at_once in deal(samples, batches.lengths[samples], micro, 1)[0]:
-            held = batches.lengths[samples_at_once]
-            useful += int(held.sum())
-            computed += int(held.max()) * len(held)
+        for samples in batches.deal(step)[0]:
+            held = sizes[samples]
+            useful += int(held.computed.sum())
+            computed += int(held.longest.max() * held.sequences.sum())
     return 1 - useful / computed
 
 
@@ -208,7 +212,7 @@ def _explain(context: StageContext[Any], found: dict[str, Any], name: str) -> st
     share, limit = found["shares"][name], found["limits"][name]
     allow = f"or allow it with {at}.preflight.{name}"
     if name == "padding":
-        return f"{at}: {share:.0%} of what a step computes is padding, over {limit:.0%}; lower {at}.per_device_train_batch_size, {allow}"
+        return f"{at}: {share:.0%} of what a step computes is padding, over {limit:.0%}; set {at}.layout: auto, {allow}"
     if name == "untrained_vocabulary":
         return f"{at}: {share:.1%} of the vocabulary is never trained, over {limit:.1%}; add data, {allow}"
     count = found["counts"][name]

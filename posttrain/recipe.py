@@ -54,14 +54,15 @@ class TrainingExecution(Config):
 
     bears_identity: ClassVar[bool] = False
 
-    per_device_train_batch_size: int = Field(8, ge=1)
-    """Upper bound for the samples that one rank holds at once; the nearest divisor of its share of a batch is used."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Tokens that one rank computes at once; a longer sample stands alone. By default as many as memory allows and speed gains by."""
+    layout: Literal["auto", "shared", "packed", "padded"] = "auto"
+    """How samples lie in what a rank computes at once: one row each, filled up (`padded`); end to end, each seeing only itself
+    (`packed`); and with the prompt of a pair there once (`shared`). `auto` takes the fastest that is exact for the model."""
     deepspeed: str | None = None
     """DeepSpeed config file, such as `ds_configs/zero3.json`; its sizes and rates may be `auto`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    packing: bool = False
-    """Lay the samples that a rank holds at once end to end in one row, without padding; each sees only itself."""
     attn_implementation: str | None = None
     """Attention backend: `eager`, `sdpa`, `flash_attention_2`, `flex_attention`; by default the best that is there."""
     save_steps: int = Field(500, ge=1)

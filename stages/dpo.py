@@ -58,8 +58,10 @@ def prepare(context: StageContext[DPOConfig]) -> None:
     from trl import DPOConfig as TrainerConfig
 
     from posttrain.fit import prepare_training
+    from posttrain.reference import declare_reference
 
     prepare_training(context, TrainerConfig, encoder)
+    declare_reference(context)
 
 
 def run(context: StageContext[DPOConfig]) -> dict[str, float]:
@@ -68,12 +70,30 @@ def run(context: StageContext[DPOConfig]) -> dict[str, float]:
     from trl import DPOTrainer
 
     from posttrain.data.prepared import read_prepared
-    from posttrain.fit import OurOrder, fit, open_fitting
+    from posttrain.fit import OurOrder, bare_model, fit, open_fitting
+    from posttrain.forward import attach
+    from posttrain.layout import pair_group
     from posttrain.models import probe_rows
+    from posttrain.reference import add_reference, compute_reference, read_reference, weigh_pairs
 
     class Trainer(OurOrder, DPOTrainer):
+        layouts = ("shared", "packed")
+
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset  # prepared before any process group existed
+
+        def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # an artifact of its own
+
+        def groups(self, samples: Any) -> list[Any]:
+            rows = self.train_dataset[list(samples)]
+            return [pair_group(*pair) for pair in zip(rows["prompt_ids"], zip(rows["chosen_ids"], rows["rejected_ids"], strict=True), strict=True)]
+
+        def complete(self, batch: dict[str, Any], samples: Any) -> dict[str, Any]:
+            return add_reference(batch, [reference[sample] for sample in samples], self.ld_alpha)
+
+        def weights(self, batch: dict[str, Any]) -> dict[str, float]:
+            return weigh_pairs(batch)
 
     config = context.config
     fitting = open_fitting(
@@ -86,15 +106,21 @@ def run(context: StageContext[DPOConfig]) -> dict[str, float]:
         max_length=None,
         precompute_ref_log_probs=True,
     )
-    dataset = read_prepared(context).load()
+    prepared = read_prepared(context)
+    reference = read_reference(context, prepared)
     trainer: Any = Trainer(
         model=fitting.model,
         args=fitting.arguments,
-        train_dataset=dataset,
+        train_dataset=prepared.load(),
         processing_class=fitting.tokenizer,
         peft_config=fitting.peft_config,
     )
-    return fit(trainer, context, fitting, probe_rows(dataset, ("prompt_ids", "chosen_ids")))
+    outputs = ("log_probs", "entropy", "mean_logits", "is_top1", *(("log_sum_sq_probs",) if trainer.use_weighting else ()))
+    attach(bare_model(trainer.model), outputs=outputs)
+    trainer.prepared, trainer.pad = prepared, fitting.tokenizer.pad_token_id
+    if not reference.is_whole:
+        compute_reference(context, reference, trainer)
+    return fit(trainer, context, fitting, probe_rows(trainer.train_dataset, ("prompt_ids", "chosen_ids")))
 
 
 STAGE = Stage(

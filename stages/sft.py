@@ -50,26 +50,40 @@ def run(context: StageContext[SFTConfig]) -> dict[str, float]:
     """Train and publish; every rank."""
     from trl import SFTConfig as TrainerConfig
     from trl import SFTTrainer
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from posttrain.data.prepared import read_prepared
-    from posttrain.fit import OurOrder, fit, open_fitting
+    from posttrain.data.samples import IGNORED
+    from posttrain.fit import OurOrder, bare_model, fit, open_fitting
+    from posttrain.forward import attach
+    from posttrain.layout import conversation_group
     from posttrain.models import probe_rows
 
     class Trainer(OurOrder, SFTTrainer):
-        pass
+        layouts = ("packed",)
+
+        def groups(self, samples: Any) -> list[Any]:
+            rows = self.train_dataset[list(samples)]
+            both = zip(rows["input_ids"], rows["labels"], strict=True)
+            return [conversation_group(ids, [label != IGNORED for label in labels]) for ids, labels in both]
+
+        def num_items(self, step: int) -> int:
+            return int(self.num_trained[self.batches.samples(step)].sum())
+
+        def weights(self, batch: dict[str, Any]) -> dict[str, float]:
+            return {"": float((batch["labels"] != IGNORED).sum())}
 
     fitting = open_fitting(context, TrainerConfig, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-    dataset = read_prepared(context).load()
+    prepared = read_prepared(context)
     trainer: Any = Trainer(
         model=fitting.model,
         args=fitting.arguments,
-        train_dataset=dataset,
+        train_dataset=prepared.load(),
         processing_class=fitting.tokenizer,
         peft_config=fitting.peft_config,
     )
-    trainer.data_collator = DataCollatorForLanguageModeling(fitting.tokenizer.pad_token_id, padding_free=context.config.packing)
-    return fit(trainer, context, fitting, probe_rows(dataset, ("input_ids",)))
+    attach(bare_model(trainer.model), outputs=("log_probs", "entropy", "is_top1"))
+    trainer.prepared, trainer.num_trained, trainer.pad = prepared, prepared.column("num_trained"), fitting.tokenizer.pad_token_id
+    return fit(trainer, context, fitting, probe_rows(trainer.train_dataset, ("input_ids",)))
 
 
 STAGE = Stage(

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from posttrain import disk
 from posttrain.artifact import fingerprint_source
+from posttrain.batch import Sizes
 from posttrain.data.rows import Row, question
 from posttrain.data.samples import Encoder, Fault, LeftOut
 from posttrain.data.source import OpenSource, open_source, unit_bits
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 FILE = "prepared.json"
 ROWS_AT_ONCE = 500
 """Rows of a chunk that one worker encodes: small enough to be few in memory, large enough to be worth sending."""
-SAID_BY_ROW = ("row", "origin", "length", "fingerprint", "question", "is_cut", "is_unstopped", "is_asked_otherwise")
+SAID_BY_ROW = ("row", "origin", "length", "num_trained", "fingerprint", "question", "is_cut", "is_unstopped", "is_asked_otherwise")
 """Columns beside the encoder's own: which row it was, and what the preflight looks at."""
 
 
@@ -64,8 +65,8 @@ class Prepared:
     """Columns of token ids, which are what is trained on."""
 
     def load(self) -> "Dataset":
-        """The samples, mapped from disk: the encoder's columns, and `length`."""
-        return self.samples.select_columns([*self.columns, "length"])
+        """The samples, mapped from disk: the encoder's columns."""
+        return self.samples.select_columns(self.columns)
 
     @cached_property
     def samples(self) -> "Dataset":
@@ -77,6 +78,24 @@ class Prepared:
     def column(self, name: str) -> npt.NDArray[Any]:
         """One number of each sample, `(num_rows,)`."""
         return np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in self.samples.data.column(name).chunks])
+
+    def num_listed(self, name: str) -> npt.NDArray[np.int64]:
+        """How many token ids each sample has in a column of them, `(num_rows,)`."""
+        import pyarrow.compute as pc
+
+        lengths = [pc.list_value_length(chunk).to_numpy(zero_copy_only=False) for chunk in self.samples.data.column(name).chunks]
+        return np.concatenate(lengths).astype(np.int64)
+
+    def sizes(self, layout: str) -> Sizes:
+        """What each sample costs in a layout (see `posttrain.layout`): a lone sequence, or a pair that shares its prompt."""
+        if "prompt_ids" not in self.columns:
+            longest = computed = self.column("length").astype(np.int64)
+        else:
+            prompt, chosen, rejected = (self.num_listed(name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+            longest = prompt + np.maximum(chosen, rejected)
+            computed = prompt * (1 if layout == "shared" else 2) + chosen + rejected
+        sequences = np.full_like(longest, 1 if "prompt_ids" not in self.columns else 2)
+        return Sizes(longest, computed, sequences, is_padded=layout == "padded")
 
     def num_trained_by_token(self) -> npt.NDArray[np.int64]:
         """How often each token of the vocabulary is trained, `(vocabulary,)`."""
@@ -247,6 +266,7 @@ def _encode_chunk(encoder: Encoder, rows: Sequence[tuple[int, Row]], fatal: froz
             "row": index,
             "origin": row.origin,
             "length": sample.length,
+            "num_trained": len(sample.targets),
             "fingerprint": sample.fingerprint,
             "question": question_bits(row),
             "is_cut": sample.is_cut,
@@ -264,7 +284,8 @@ def _encode_chunk(encoder: Encoder, rows: Sequence[tuple[int, Row]], fatal: froz
 def _schema(encoder: Encoder) -> "pa.Schema":
     import pyarrow as pa
 
-    types = {"row": pa.int64(), "origin": pa.string(), "length": pa.int32(), "fingerprint": pa.uint64(), "question": pa.uint64()}
+    numbers = {"row": pa.int64(), "length": pa.int32(), "num_trained": pa.int32(), "fingerprint": pa.uint64(), "question": pa.uint64()}
+    types = {**numbers, "origin": pa.string()}
     return pa.schema(
         [(name, pa.list_(pa.int32())) for name in encoder.columns] + [(name, types.get(name, pa.bool_())) for name in SAID_BY_ROW]
     )

@@ -1,0 +1,197 @@
+"""Reference log-probabilities: what the input policy gives each answer token of a stage's pairs. Computed once, and an artifact.
+
+Kept under the root, keyed by the reference's weights, the prepared data (which hold the mask rule), and the precision; so every
+beta, loss, learning rate and run that starts from the same policy on the same pairs reads the same file. Kept by token, since
+some losses weigh tokens. Computed by all ranks, chunk by chunk, and a chunk that is there is not computed again.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from posttrain import disk
+from posttrain.artifact import fingerprint_source
+from posttrain.batch import deal
+from posttrain.data.prepared import Prepared, read_prepared
+from posttrain.data.samples import IGNORED
+from posttrain.error import Preempted, heed_signals
+from posttrain.fit import bare_model
+from posttrain.forward import Floats, exact_layouts, score_batch
+from posttrain.layout import Group, Layout, measure
+from posttrain.progress import Progress
+from posttrain.settle import MOST_TOKENS
+from posttrain.stage import StageContext
+
+FILE = "reference.json"
+ROWS_AT_ONCE = 256
+"""Rows of a chunk, which is what a resumed computation may have to do again."""
+VERSION = 1
+"""Raised when the same model and data give other numbers."""
+
+
+class Reference:
+    """Where the log-probabilities lie: for each pair those of its chosen answer, then those of its rejected one."""
+
+    def __init__(self, path: Path, lengths: npt.NDArray[np.int64]) -> None:
+        """`lengths` `(N, 2)` are the tokens of the two answers."""
+        self.path = path
+        self.lengths = lengths
+        self.offsets = np.concatenate([[0], lengths.sum(axis=1).cumsum()])
+        self._values: Floats | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every pair is there."""
+        return self._file.is_file()
+
+    @property
+    def _file(self) -> Path:
+        return self.path / "log_probs.npy"
+
+    def __getitem__(self, row: int) -> tuple[Floats, Floats]:
+        """Log-probabilities of the tokens of the chosen and of the rejected answer of a pair."""
+        if self._values is None:
+            self._values = np.load(self._file, mmap_mode="r")
+        both = self._values[self.offsets[row] : self.offsets[row + 1]]
+        return both[: self.lengths[row, 0]], both[self.lengths[row, 0] :]
+
+    def chunk_file(self, start: int) -> Path:
+        """Where the chunk that begins with that row lies until all are there."""
+        return self.path / f"rows-{start:09}.npy"
+
+    def finish(self, starts: Sequence[int]) -> None:
+        """Put the chunks together."""
+        disk.write_array(self._file, np.concatenate([np.load(self.chunk_file(start)) for start in starts]))
+        for start in starts:
+            self.chunk_file(start).unlink(missing_ok=True)
+
+
+def declare_reference(context: StageContext[Any], role: str = "policy") -> None:
+    """Decide where the log-probabilities under the policy in `role` lie. Runs in `prepare`, once the data are prepared."""
+    hashes = disk.HashCache(context.root / ".hashes.json")
+    weights = fingerprint_source(context.input(role).source, f"{context.at}: {context.input(role).name}", hashes)
+    hashes.save()
+    precision = ["bfloat16" if context.config.uses_bf16 else "float32", bool(context.config.uses_bf16 and context.config.lora)]
+    key = disk.hash_json({"version": VERSION, "weights": weights, "data": read_prepared(context).path.name, "precision": precision})
+    disk.write_json(context.directory / FILE, {"path": str(context.root / ".reference" / key[:32])})
+
+
+def read_reference(context: StageContext[Any], prepared: Prepared) -> Reference:
+    """The reference that was declared for this stage, whole or not yet."""
+    lengths = np.stack([prepared.num_listed("chosen_ids"), prepared.num_listed("rejected_ids")], axis=1)
+    return Reference(Path(disk.read_json(context.directory / FILE)["path"]), lengths)
+
+
+def add_reference(batch: dict[str, Any], references: Sequence[tuple[Floats, Floats]], ld_alpha: float | None) -> dict[str, Any]:
+    """A micro-batch of pairs as TRL's losses want it: `completion_mask` in place of labels, and the reference's sums, each `(B,)`.
+
+    With `ld_alpha`, tokens beyond the length of the shorter answer count by so much (Liu et al., 2024, arXiv 2409.06411).
+    """
+    labels = batch.pop("labels")
+    sums = []
+    for chosen, rejected in references:
+        shared = min(len(chosen), len(rejected))
+        beyond = 1.0 if ld_alpha is None else ld_alpha
+        sums.append([answer[:shared].sum() + beyond * answer[shared:].sum() for answer in (chosen, rejected)])
+    chosen_logps, rejected_logps = torch.tensor(np.asarray(sums, dtype=np.float32)).unbind(1)
+    completion_mask = (labels != IGNORED).long()
+    return {**batch, "completion_mask": completion_mask, "ref_chosen_logps": chosen_logps, "ref_rejected_logps": rejected_logps}
+
+
+def weigh_pairs(batch: dict[str, Any]) -> dict[str, float]:
+    """By how much a micro-batch of pairs counts in each of TRL's metrics: by its answers' tokens, else by its pairs."""
+    chosen, rejected = (int(half.sum()) for half in batch["completion_mask"].chunk(2))
+    tokens = {"entropy": chosen + rejected, "logits/chosen": chosen, "mean_token_accuracy": chosen, "logits/rejected": rejected}
+    return {"": len(batch["completion_mask"]) / 2, **tokens}
+
+
+def compute_reference(context: StageContext[Any], reference: Reference, trainer: Any) -> None:
+    """Compute what is not there, under the trainer's model before it is trained. All ranks call it.
+
+    Raises `Preempted` where a signal asked for an end; what is done is kept.
+    """
+    model = bare_model(trainer.model)
+    call = trainer.model
+    if trainer.is_deepspeed_enabled:
+        # What ZeRO-3 shards is gathered by an engine only; this one knows no optimizer.
+        from trl.models import prepare_deepspeed
+
+        call = prepare_deepspeed(trainer.model, trainer.accelerator)
+    with trainer.accelerator.autocast():
+        longest = int(trainer.prepared.sizes("padded").longest.max())
+        layout = exact_layouts(call, model, trainer.layouts, longest)[0][0]
+        tokens = context.config.micro_batch_tokens or MOST_TOKENS["cuda" if model.device.type == "cuda" else "cpu"]
+        _compute(context, reference, call, model, trainer.groups, layout=layout, micro_batch_tokens=tokens, pad=trainer.pad)
+
+
+def _compute(
+    context: StageContext[Any],
+    reference: Reference,
+    call: Callable[..., Any],
+    model: PreTrainedModel,
+    groups: Callable[[Sequence[int]], list[Group]],
+    *,
+    layout: Layout,
+    micro_batch_tokens: int,
+    pad: int,
+) -> None:
+    num_rows = len(reference.lengths)
+    starts = list(range(0, num_rows, ROWS_AT_ONCE))
+    missing = _from_main([start for start in starts if not reference.chunk_file(start).is_file()], context.world_size)
+    progress = Progress(context.directory, is_main=context.is_main)
+    progress.phase("reference", num_rows, num_rows - sum(min(ROWS_AT_ONCE, num_rows - start) for start in missing))
+    signals: list[int] = []
+    training = model.training
+    model.eval()
+    with heed_signals(signals.append):
+        for start in missing:
+            rows = list(range(start, min(start + ROWS_AT_ONCE, num_rows)))
+            mine: dict[int, Floats] = {}
+            # No rank may be without work: under ZeRO-3 each forward pass is a collective.
+            filled = rows * math.ceil(context.world_size / len(rows))
+            sizes = measure(groups(filled), layout)
+            for micro_batch in deal(filled, sizes, micro_batch_tokens, context.world_size)[context.rank]:
+                scored = score_batch(call, model, groups(micro_batch), layout, pad=pad)
+                mine |= {row: np.concatenate(both) for row, both in zip(micro_batch, scored, strict=True)}
+            every = _to_main(mine, context)
+            if context.is_main:
+                disk.write_array(reference.chunk_file(start), np.concatenate([every[row] for row in rows]))
+            progress.step(rows[-1] + 1)
+            if _any(signals, model.device):
+                raise Preempted(f"{context.name} keeps the reference of the pairs up to {rows[-1] + 1}")
+    model.train(training)
+    if context.is_main:
+        reference.finish(starts)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _from_main(value: list[int], world_size: int) -> list[int]:
+    if world_size == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held)
+    return held[0]
+
+
+def _to_main(mine: dict[int, Floats], context: StageContext[Any]) -> dict[int, Floats]:
+    if context.world_size == 1:
+        return mine
+    every: list[Any] = [None] * context.world_size
+    dist.gather_object(mine, every if context.is_main else None)
+    return {row: values for part in every if part for row, values in part.items()}
+
+
+def _any(signals: list[int], device: torch.device) -> bool:
+    if not dist.is_initialized():
+        return bool(signals)
+    flag = torch.tensor([len(signals)], device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
