@@ -11,18 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from posttrain.batch import token_batches
 from posttrain.chat import ChatContract, encode, encode_prompt, read_contract
 from posttrain.data.prepared import describe_formats
 from posttrain.data.rows import Conversation, Pair
 from posttrain.data.samples import encode_pair
 from posttrain.data.source import open_source
 from posttrain.error import UserError
+from posttrain.forward import Scorer
 from posttrain.generate import answer_all
+from posttrain.layout import Group, conversation_group, pair_group
 from posttrain.metrics.check import Check, as_reference, read_checks
 from posttrain.metrics.metric import load_metric
 from posttrain.metrics.paired import compare, interval
@@ -31,18 +33,16 @@ from posttrain.progress import Progress
 from posttrain.stage import Input, StageContext
 
 TOKENS_AT_ONCE = 2048
-"""Tokens of one scoring batch, padding counted; logits exist only for scored positions."""
-ANSWERS_AT_ONCE = 64
+"""Tokens of one scoring batch; logits exist only for scored positions."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One sequence to be scored: ids `(T,)`, and which of its tokens count `(T,)`."""
+    """What of a row is scored: a conversation, or the two answers of a pair; `parts` names its branches."""
 
     row: int
-    part: str
-    ids: list[int]
-    counts: list[bool]
+    parts: tuple[str, ...]
+    group: Group
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,17 @@ class Rows:
         for index, row in enumerate(self.rows):
             before = len(encoded.scored), len(encoded.prompts)
             if isinstance(row, Pair):
-                prompt, chosen, rejected = encode_pair(tokenizer, contract, row)
-                for part, answer in (("chosen", chosen), ("rejected", rejected)):
-                    encoded.scored.append(Scored(index, part, prompt + answer, [False] * len(prompt) + [True] * len(answer)))
+                prompt, *answers = encode_pair(tokenizer, contract, row)
+                encoded.scored.append(Scored(index, ("chosen", "rejected"), pair_group(prompt, answers)))
             else:
                 if any(message["role"] == "assistant" for message in row.messages):
                     whole = encode(tokenizer, row.messages, row.tools, stop, row.origin)
-                    encoded.scored.append(Scored(index, "nll", whole.ids, whole.trained))
+                    encoded.scored.append(Scored(index, ("nll",), conversation_group(whole.ids, whole.trained)))
                 if self.checks[index]:
                     messages = row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
                     encoded.prompts[index] = encode_prompt(tokenizer, messages, row.tools, row.origin)
                     encoded.checks[index] = self.checks[index]
-            longest = max([*(len(s.ids) for s in encoded.scored[before[0] :]), len(encoded.prompts.get(index, []))])
+            longest = max([*(s.group.longest for s in encoded.scored[before[0] :]), len(encoded.prompts.get(index, []))])
             if longest > max_length:
                 del encoded.scored[before[0] :]
                 encoded.prompts.pop(index, None)
@@ -152,7 +151,6 @@ def measure(
         contract,
         list(prompts.values()),
         max_new_tokens=context.config.max_new_tokens,
-        batch_size=ANSWERS_AT_ONCE,
         tick=progress.step,
     )
     for row, answer in zip(prompts, answers, strict=True):
@@ -171,33 +169,23 @@ def gather(mine: list[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
     return sorted((result for part in parts for result in part), key=lambda result: (result["row"], result["measure"]))
 
 
-@torch.no_grad()
 def _score(model: PreTrainedModel, scored: Sequence[Scored], pad: int, progress: Progress) -> list[dict[str, Any]]:
     """Summed log-probability and number of the counted tokens of each sequence, in batches of like length."""
+    if not scored:
+        return []
     results: list[dict[str, Any]] = []
-    for positions in token_batches([len(sequence.ids) for sequence in scored], TOKENS_AT_ONCE):
-        batch = [scored[position] for position in positions]
-        for sequence, (logp, num_tokens) in zip(batch, _sum_logps(model, batch, pad), strict=True):
-            results.append({"row": sequence.row, "measure": sequence.part, "logp": logp, "num_tokens": num_tokens})
-        progress.step(len(results))
+    groups = [each.group for each in scored]
+    scorer = Scorer(model, longest=max(group.longest for group in groups), pad=pad)
+    done = 0
+    for positions in scorer.batches(groups, TOKENS_AT_ONCE):
+        for position, branches in zip(positions, scorer.score([groups[position] for position in positions]), strict=True):
+            for part, log_probs in zip(scored[position].parts, branches, strict=True):
+                logp = float(log_probs.sum(dtype=np.float64))
+                results.append({"row": scored[position].row, "measure": part, "logp": logp, "num_tokens": len(log_probs)})
+        done += len(positions)
+        progress.step(done)
+    scorer.detach()
     return sorted(results, key=lambda result: (result["row"], result["measure"]))
-
-
-def _sum_logps(model: PreTrainedModel, batch: Sequence[Scored], pad: int) -> list[tuple[float, int]]:
-    width = len(batch[0].ids)
-    ids = torch.full((len(batch), width), pad)
-    mask = torch.zeros_like(ids)
-    counts = torch.zeros_like(ids, dtype=torch.bool)
-    for row, sequence in enumerate(batch):
-        ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
-        mask[row, : len(sequence.ids)] = 1
-        counts[row, : len(sequence.ids)] = torch.tensor(sequence.counts)
-    ids, mask, counts = ids.to(model.device), mask.to(model.device), counts.to(model.device)
-    wanted = counts[:, 1:]
-    kept = wanted.any(dim=0).nonzero()[:, 0]  # positions that some row scores; only there the head is computed
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
-    logps = logits.float().log_softmax(-1).gather(-1, ids[:, kept + 1, None])[..., 0].double() * wanted[:, kept]
-    return list(zip(logps.sum(dim=1).tolist(), wanted.sum(dim=1).tolist(), strict=True))
 
 
 # --- comparison ------------------------------------------------------------------------------------------------------

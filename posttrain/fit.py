@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -247,7 +248,9 @@ class OurOrder(Trainer):
     batches: GlobalBatches
     layout: Layout
     pad: int
-    _metrics: dict[str, dict[str, list[float]]]
+    samples: Any
+    """The data set itself, rows by number."""
+    _metrics: Any
 
     def groups(self, samples: Sequence[int]) -> list[Group]:
         """The samples of those numbers."""
@@ -256,6 +259,11 @@ class OurOrder(Trainer):
     def complete(self, batch: dict[str, Any], samples: Sequence[int]) -> dict[str, Any]:
         """What TRL's loss wants, of the batch that a model is called with."""
         return batch
+
+    @cached_property
+    def num_trained(self) -> npt.NDArray[np.int64]:
+        """Trained tokens of each sample, `(N,)`."""
+        return self.prepared.column("num_trained").astype(np.int64)
 
     def num_items(self, step: int) -> int | None:
         """What the loss of a step is divided by, where that is not its number of samples."""
@@ -296,7 +304,7 @@ class OurOrder(Trainer):
             weights = self.weights(batch)
             with nullcontext() if is_last or is_deepspeed else self.accelerator.no_sync(model):
                 with self._alone(weights, sums), self.compute_loss_context_manager():
-                    loss = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=num_items_in_batch)
+                    loss: Any = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=num_items_in_batch)
                 if num_items is None:
                     # A mean over the samples of this micro-batch; ranks' gradients are averaged.
                     loss = loss * (weights[""] * self.batches.world_size / self.batches.global_batch_size)
@@ -312,7 +320,8 @@ class OurOrder(Trainer):
         TRL gathers each of them from all ranks for every micro-batch, which costs a collective each, and cannot be where ranks
         hold unlike numbers of samples.
         """
-        metrics = self._metrics["train"] = defaultdict(list)
+        metrics: dict[str, list[float]] = defaultdict(list)
+        self._metrics["train"] = metrics
         self.accelerator.gather = self.accelerator.gather_for_metrics = lambda value: value
         try:
             yield
@@ -427,7 +436,6 @@ class Watch(TrainerCallback):
         self.trainer = trainer
         self.batches: GlobalBatches = trainer.batches
         self.lengths: npt.NDArray[np.int64] = trainer.prepared.column("length")
-        self.trained: npt.NDArray[np.int64] = trainer.prepared.column("num_trained")
         self.progress = progress
         self.is_resuming = is_resuming
         self.signalled = False
@@ -460,7 +468,7 @@ class Watch(TrainerCallback):
         """Count, show, and stop in order where any rank was signalled."""
         samples = self.batches.samples(state.global_step - 1)
         self.tokens += int(self.lengths[samples].sum())
-        self.trained_tokens += int(self.trained[samples].sum())
+        self.trained_tokens += int(self.trainer.num_trained[samples].sum())
         self.steps += 1
         state.epoch = state.global_step * self.batches.global_batch_size / len(self.lengths)
         if self._any_signalled() and state.global_step < self.batches.num_steps:

@@ -19,7 +19,18 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 from posttrain.batch import sized_batches
 from posttrain.data.samples import IGNORED
 from posttrain.head import score
-from posttrain.layout import Group, Layout, Unsupported, grid, lay_out, measure, pair_group, teach_attention, without_mask
+from posttrain.layout import (
+    Group,
+    Layout,
+    Unsupported,
+    grid,
+    lay_out,
+    measure,
+    pair_group,
+    restore_attention,
+    teach_attention,
+    without_mask,
+)
 
 Floats = npt.NDArray[np.float32]
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
@@ -149,7 +160,9 @@ def _computing_dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 @torch.no_grad()
-def score_batch(call: Callable[..., Any], model: PreTrainedModel, groups: Sequence[Group], layout: Layout, *, pad: int) -> list[list[Floats]]:
+def score_batch(
+    call: Callable[..., Any], model: PreTrainedModel, groups: Sequence[Group], layout: Layout, *, pad: int
+) -> list[list[Floats]]:
     """The log-probability of every counted token, `[group][branch]` -> `(n,)`, of groups that are computed at once."""
     batch = to_batch(groups, layout, pad)
     device = model.device
@@ -189,6 +202,10 @@ class Scorer:
         self.model = model.eval()
         self.pad = pad
         self.layout = exact_layouts(model, model, ["shared"], longest)[0][0]
+
+    def detach(self) -> None:
+        """Give the model its own attention back, for what else is done with it."""
+        restore_attention(self.model)
 
     def batches(self, groups: Sequence[Group], tokens_at_once: int) -> Iterator[list[int]]:
         """Which groups to score at once, the longest first."""

@@ -94,8 +94,10 @@ class _Score(torch.autograd.Function):
                 if part.stop <= num_kept:
                     kept.append(lowered)
             if "entropy" in outputs:
-                exact = mixed is not None and bias is None and mixed.dtype == torch.float32
-                expected = scale * torch.linalg.vecdot(hidden[part], mixed[part]) if exact else torch.linalg.vecdot(probs, logits)
+                if mixed is not None and bias is None and mixed.dtype == torch.float32:
+                    expected = scale * torch.linalg.vecdot(hidden[part], mixed[part])
+                else:
+                    expected = torch.linalg.vecdot(probs, logits)
                 entropy[part] = normalizer - expected
         if "mean_logits" in outputs and softcap is None:
             mean_logits = scale * ((hidden @ weight.mean(dim=0)).float() + (0.0 if bias is None else bias.float().mean()))
@@ -129,7 +131,9 @@ class _Score(torch.autograd.Function):
                 if grad_bias is not None:
                     grad_bias += rows.sum(dim=0)
                 continue
-            probs = kept[number] if number < len(kept) else _project(hidden[part], weight, bias, scale, None).softmax(dim=1).to(weight.dtype)
+            probs = (
+                kept[number] if number < len(kept) else _project(hidden[part], weight, bias, scale, None).softmax(dim=1).to(weight.dtype)
+            )
             if grad_weight is not None:
                 scaled = (g[part] * scale * hidden[part]).to(weight.dtype)
                 grad_weight.addmm_(probs.t(), scaled, alpha=-1)
@@ -141,9 +145,7 @@ class _Score(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def _project(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float | None
-) -> torch.Tensor:
+def _project(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float | None) -> torch.Tensor:
     """Logits `(n, V)` in float32."""
     logits = torch.nn.functional.linear(hidden, weight, bias).float()
     if scale != 1:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).parent / "inspection.html.j2"
 ROWS_AT_ONCE = 200
+SCORED_AT_ONCE = 2048
+"""Tokens of rows whose loss is computed at once."""
 FOLDED_TOKENS = 12
 """Tokens shown of either end of a prompt that is folded."""
 
@@ -124,32 +126,37 @@ def inspect(encoder: Encoder, tokenizer: "PreTrainedTokenizerBase", index: int, 
     return Inspected(index, row.origin, parts, fate, loss)
 
 
-def load_scorer(given: Input, tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, at: str) -> Any:
-    """The policy that rows are scored under. Raises `UserError` where its weights are not there."""
+def losses_of(
+    encoder: Encoder, given: Input, tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, rows: Sequence[Row], at: str
+) -> Iterator[tuple[int, float]]:
+    """The number of each row and the mean loss of its trained tokens under a policy, as they are computed; of a pair the chosen answer's.
+
+    A row that is not trained on has none, and is not given. Raises `UserError` where the policy's weights are not there.
+    """
     import torch
 
+    from posttrain.forward import Scorer
+    from posttrain.layout import conversation_group
     from posttrain.models import check_weights, load_policy
 
     check_weights(given, at)
-    return load_policy(given.model, tokenizer, contract, f"{at}: {given.name}", dtype=torch.float32).eval()
-
-
-def loss_of(encoder: Encoder, model: Any, row: Row) -> float:
-    """Mean loss of a row's trained tokens; of a pair the chosen answer's. A row that is not trained on has none, so 0."""
-    import torch
-
-    try:
-        sequences = encoder.sequences(row)
-        encoder.cut(row, sequences)
-    except UserError:
-        return 0.0
-    encoded = next(iter(sequences.values()))
-    ids = torch.tensor([encoded.ids[: encoder.max_length]])
-    trained = torch.tensor(encoded.trained[: encoder.max_length])[1:]
-    with torch.no_grad():
-        logps = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
-    picked = logps.gather(1, ids[0, 1:, None])[trained, 0]
-    return -float(picked.mean()) if len(picked) else 0.0
+    model = load_policy(given.model, tokenizer, contract, f"{at}: {given.name}", dtype=torch.float32).eval()
+    groups, numbers = [], []
+    for number, row in enumerate(rows):
+        try:
+            sequences = encoder.sequences(row)
+            encoder.cut(row, sequences)
+        except UserError:
+            continue
+        encoded = next(iter(sequences.values()))
+        groups.append(conversation_group(encoded.ids[: encoder.max_length], encoded.trained[: encoder.max_length]))
+        numbers.append(number)
+    if not groups:
+        return
+    scorer = Scorer(model, longest=max(group.longest for group in groups), pad=0)
+    for positions in scorer.batches(groups, SCORED_AT_ONCE):
+        for position, (log_probs,) in zip(positions, scorer.score([groups[position] for position in positions]), strict=True):
+            yield numbers[position], -float(log_probs.mean())
 
 
 def as_json(inspected: Inspected) -> dict[str, Any]:

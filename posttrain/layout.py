@@ -12,7 +12,9 @@ positions begin anew in each branch. The first token of every branch is predicte
 Kindred: Wang & Hegde, 2024 (arXiv 2410.20305), who mask one row instead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -277,13 +279,22 @@ def _attend_varlen(
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.varlen import varlen_attn
 
-    cumulated = [torch.nn.functional.pad(laid[name].cumsum(0), (1, 0)).to(torch.int32) for name in ("lengths_q", "lengths_k")]
+    starts_q, starts_k = (torch.nn.functional.pad(laid[name].cumsum(0), (1, 0)).to(torch.int32) for name in ("lengths_q", "lengths_k"))
     longest = max(table.shape[1] for table in laid["rows"])
     if laid["copies"]:
         key, value = key.index_select(0, laid["keys"]), value.index_select(0, laid["keys"])
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         output: Any = varlen_attn(
-            query, key, value, *cumulated, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1]
+            query,
+            key,
+            value,
+            starts_q,
+            starts_k,
+            longest,
+            longest,
+            scale=scaling,
+            window_size=(-1, 0),
+            enable_gqa=query.shape[1] != key.shape[1],
         )
     return output  # type: ignore[no-any-return]
 
@@ -340,25 +351,23 @@ def restore_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation(model.config._attn_implementation.removeprefix(PREFIX))
 
 
-_laying_out = False
+_is_laid_out: ContextVar[bool] = ContextVar("_is_laid_out", default=False)
 
 
 def _mask_for(original: str) -> Any:
     make = ALL_MASK_ATTENTION_FUNCTIONS[original]
 
     def mask(*arguments: Any, **values: Any) -> Any:
-        return None if _laying_out else make(*arguments, **values)
+        return None if _is_laid_out.get() else make(*arguments, **values)
 
     return mask
 
 
-class without_mask:  # noqa: N801 (a context manager, used as a verb)
+@contextmanager
+def without_mask() -> Iterator[None]:
     """While a model computes a packed layout, it makes no mask: `(N, N)` would be the largest tensor of all."""
-
-    def __enter__(self) -> None:
-        global _laying_out
-        _laying_out = True
-
-    def __exit__(self, *_: object) -> None:
-        global _laying_out
-        _laying_out = False
+    token = _is_laid_out.set(True)
+    try:
+        yield
+    finally:
+        _is_laid_out.reset(token)

@@ -27,5 +27,5 @@ def keep_memory() -> None:
     except (OSError, AttributeError):
         return
     mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_TRIM_THRESHOLD, -1)  # never
     mallopt(M_TOP_PAD, 2**26)

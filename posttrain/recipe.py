@@ -98,7 +98,7 @@ class TrainingConfig(StageConfig, TrainingExecution):
     """AdamW's decoupled weight decay, for each unit of learning rate."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Largest norm of the gradient over all parameters; 0 turns clipping off."""
-    optim: str = "adamw_torch"
+    optim: str = "adamw_torch_fused"
     """Optimizer, by the name that transformers gives it."""
     bf16: bool | None = None
     """Mixed precision in bfloat16; by default wherever a GPU supports it, and fp32 on a CPU."""

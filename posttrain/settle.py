@@ -20,7 +20,7 @@ from posttrain.layout import Group, Layout, measure
 from posttrain.stage import StageContext
 
 FILE = "layout.json"
-MOST_TOKENS = {"cpu": 2048, "cuda": 16384}
+MOST_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Tokens at once beyond which a step gets no faster: its matrix multiplications are as fast as they get."""
 SHARE_OF_MEMORY = 0.5
 """Share of the free memory that activations may take; the rest is for gradients, the optimizer's work and what else runs."""
@@ -79,7 +79,10 @@ def settle(
     settled = _agree(Settled(layout, tokens, why))
     if context.is_main:
         disk.write_json(path, asdict(settled))
-        print(f"computes {settled.layout}, {settled.micro_batch_tokens} tokens at once: {'; '.join(settled.why) or 'as the config says'}", flush=True)
+        print(
+            f"computes {settled.layout}, {settled.micro_batch_tokens} tokens at once: {'; '.join(settled.why) or 'as the config says'}",
+            flush=True,
+        )
     return settled
 
 
@@ -144,7 +147,7 @@ def _bytes_per_token(model: PreTrainedModel, groups: Callable[[Sequence[int]], l
         output = model(**to_device(batch, device), fused_lm_head=True)
     del output
     (cost,) = measure(some, layout).computed.tolist()
-    return sum(seen.values()) / cost
+    return float(sum(seen.values()) / cost)
 
 
 def _free_bytes(model: PreTrainedModel, world_size: int) -> float:
@@ -154,7 +157,7 @@ def _free_bytes(model: PreTrainedModel, world_size: int) -> float:
     if model.device.type == "cuda":
         return max(0.0, torch.cuda.mem_get_info(model.device)[0] - to_come)
     local = min(world_size, torch.cuda.device_count() or world_size)
-    return max(0.0, psutil.virtual_memory().available / local - to_come)
+    return max(0.0, float(psutil.virtual_memory().available) / local - to_come)
 
 
 def _agree(settled: Settled) -> Settled:

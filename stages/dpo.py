@@ -86,8 +86,11 @@ def run(context: StageContext[DPOConfig]) -> dict[str, float]:
             return dataset  # an artifact of its own
 
         def groups(self, samples: Any) -> list[Any]:
-            rows = self.train_dataset[list(samples)]
-            return [pair_group(*pair) for pair in zip(rows["prompt_ids"], zip(rows["chosen_ids"], rows["rejected_ids"], strict=True), strict=True)]
+            rows = self.samples[list(samples)]
+            return [
+                pair_group(*pair)
+                for pair in zip(rows["prompt_ids"], zip(rows["chosen_ids"], rows["rejected_ids"], strict=True), strict=True)
+            ]
 
         def complete(self, batch: dict[str, Any], samples: Any) -> dict[str, Any]:
             return add_reference(batch, [reference[sample] for sample in samples], self.ld_alpha)
@@ -107,20 +110,21 @@ def run(context: StageContext[DPOConfig]) -> dict[str, float]:
         precompute_ref_log_probs=True,
     )
     prepared = read_prepared(context)
+    samples = prepared.load()
     reference = read_reference(context, prepared)
     trainer: Any = Trainer(
         model=fitting.model,
         args=fitting.arguments,
-        train_dataset=prepared.load(),
+        train_dataset=samples,
         processing_class=fitting.tokenizer,
         peft_config=fitting.peft_config,
     )
     outputs = ("log_probs", "entropy", "mean_logits", "is_top1", *(("log_sum_sq_probs",) if trainer.use_weighting else ()))
     attach(bare_model(trainer.model), outputs=outputs)
-    trainer.prepared, trainer.pad = prepared, fitting.tokenizer.pad_token_id
+    trainer.prepared, trainer.samples, trainer.pad = prepared, samples, fitting.tokenizer.pad_token_id
     if not reference.is_whole:
         compute_reference(context, reference, trainer)
-    return fit(trainer, context, fitting, probe_rows(trainer.train_dataset, ("prompt_ids", "chosen_ids")))
+    return fit(trainer, context, fitting, probe_rows(trainer.samples, ("prompt_ids", "chosen_ids")))
 
 
 STAGE = Stage(

@@ -62,7 +62,7 @@ def run(context: StageContext[SFTConfig]) -> dict[str, float]:
         layouts = ("packed",)
 
         def groups(self, samples: Any) -> list[Any]:
-            rows = self.train_dataset[list(samples)]
+            rows = self.samples[list(samples)]
             both = zip(rows["input_ids"], rows["labels"], strict=True)
             return [conversation_group(ids, [label != IGNORED for label in labels]) for ids, labels in both]
 
@@ -74,16 +74,17 @@ def run(context: StageContext[SFTConfig]) -> dict[str, float]:
 
     fitting = open_fitting(context, TrainerConfig, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     prepared = read_prepared(context)
+    samples = prepared.load()
     trainer: Any = Trainer(
         model=fitting.model,
         args=fitting.arguments,
-        train_dataset=prepared.load(),
+        train_dataset=samples,
         processing_class=fitting.tokenizer,
         peft_config=fitting.peft_config,
     )
     attach(bare_model(trainer.model), outputs=("log_probs", "entropy", "is_top1"))
-    trainer.prepared, trainer.num_trained, trainer.pad = prepared, prepared.column("num_trained"), fitting.tokenizer.pad_token_id
-    return fit(trainer, context, fitting, probe_rows(trainer.train_dataset, ("input_ids",)))
+    trainer.prepared, trainer.samples, trainer.pad = prepared, samples, fitting.tokenizer.pad_token_id
+    return fit(trainer, context, fitting, probe_rows(trainer.samples, ("input_ids",)))
 
 
 STAGE = Stage(

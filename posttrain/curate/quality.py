@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from posttrain.curate.scored import Floats
 
 TOKENS_AT_ONCE = 2048
-"""Tokens of one batch, padding counted; logits exist only for the positions of answers."""
+"""Tokens of one batch; logits exist only for the positions of answers."""
 
 
 class Quality(Scored):
@@ -160,33 +160,22 @@ class Reward(Scored):
 def mean_losses(model: Any, answers: Sequence[tuple[list[int], list[int]]], pad: int) -> "Floats":
     """Mean of -log pi over the tokens of each answer, given as what stands before it and its own tokens, `(N,)`; 0 of none."""
     import numpy as np
-    import torch
 
-    from posttrain.batch import token_batches
+    from posttrain.forward import Scorer
+    from posttrain.layout import pair_group
 
     losses = np.zeros(len(answers), dtype=np.float32)
     there = [number for number, (_, ids) in enumerate(answers) if ids]
+    groups = [pair_group(before, [ids]) for before, ids in (answers[number] for number in there)]
+    if not groups:
+        return losses
+    scorer = Scorer(model, longest=max(group.longest for group in groups), pad=pad)
 
     def mean_loss(positions: list[int]) -> None:
-        batch = [there[position] for position in positions]
-        width = sum(map(len, answers[batch[0]]))
-        input_ids = torch.full((len(batch), width), pad)
-        mask = torch.zeros_like(input_ids)
-        wanted = torch.zeros((len(batch), width - 1), dtype=torch.bool)
-        for row, number in enumerate(batch):
-            before, ids = answers[number]
-            end = len(before) + len(ids)
-            input_ids[row, :end] = torch.tensor(before + ids)
-            mask[row, :end] = 1
-            wanted[row, len(before) - 1 : end - 1] = True
-        input_ids, mask, wanted = input_ids.to(model.device), mask.to(model.device), wanted.to(model.device)
-        kept = wanted.any(dim=0).nonzero()[:, 0]  # only there the head is computed
-        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
-        logps = logits.float().log_softmax(-1).gather(-1, input_ids[:, kept + 1, None])[..., 0].double()
-        counted = wanted[:, kept]
-        losses[batch] = (-(logps * counted).sum(dim=1) / counted.sum(dim=1)).cpu().numpy()
+        for position, (log_probs,) in zip(positions, scorer.score([groups[position] for position in positions]), strict=True):
+            losses[there[position]] = -log_probs.mean(dtype=np.float64)
 
-    each_batch(mean_loss, token_batches([sum(map(len, answers[number])) for number in there], TOKENS_AT_ONCE))
+    each_batch(mean_loss, scorer.batches(groups, TOKENS_AT_ONCE))
     return losses
 
 
