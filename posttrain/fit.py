@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -34,7 +35,7 @@ from posttrain.config import nearest
 from posttrain.data.prepared import Prepared, prepare
 from posttrain.data.samples import Encoder
 from posttrain.error import Preempted, UserError, heed_signals
-from posttrain.forward import to_batch
+from posttrain.forward import to_batch, to_device
 from posttrain.layout import Group, Layout, restore_attention
 from posttrain.models import check_weights, load_policy, load_tokenizer, publish, stored_dtype, train_new_tokens
 from posttrain.preflight import fatal_faults, preflight
@@ -199,7 +200,9 @@ def _arguments(context: StageContext[Any], arguments_class: type[Any], fields: d
         optim=config.optim,
         bf16=config.uses_bf16,
         seed=config.seed,
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=bool(config.gradient_checkpointing),
+        use_liger_kernel=on_gpu and find_spec("liger_kernel") is not None,
+        dataloader_num_workers=int(on_gpu),  # laid out and pinned while the GPU computes the step before
         deepspeed=deepspeed,
         use_cpu=not on_gpu,
         ddp_backend="gloo" if context.world_size > 1 and not on_gpu else None,
@@ -304,7 +307,7 @@ class OurOrder(Trainer):
             weights = self.weights(batch)
             with nullcontext() if is_last or is_deepspeed else self.accelerator.no_sync(model):
                 with self._alone(weights, sums), self.compute_loss_context_manager():
-                    loss: Any = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=num_items_in_batch)
+                    loss: Any = self.compute_loss(model, to_device(batch, self.args.device), num_items_in_batch=num_items_in_batch)
                 if num_items is None:
                     # A mean over the samples of this micro-batch; ranks' gradients are averaged.
                     loss = loss * (weights[""] * self.batches.world_size / self.batches.global_batch_size)

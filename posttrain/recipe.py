@@ -61,8 +61,9 @@ class TrainingExecution(Config):
     (`packed`); and with the prompt of a pair there once (`shared`). `auto` takes the fastest that is exact for the model."""
     deepspeed: str | None = None
     """DeepSpeed config file, such as `ds_configs/zero3.json`; its sizes and rates may be `auto`."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, about a third more time. By default only where the longest sample
+    would not fit into memory otherwise; under DeepSpeed ZeRO-3 only where this says so."""
     attn_implementation: str | None = None
     """Attention backend: `eager`, `sdpa`, `flash_attention_2`, `flex_attention`; by default the best that is there."""
     save_steps: int = Field(500, ge=1)

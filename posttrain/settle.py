@@ -36,6 +36,8 @@ class Settled:
 
     layout: Layout
     micro_batch_tokens: int
+    recompute: bool
+    """Whether activations are computed again in the backward pass, for want of memory, though the config does not ask for it."""
     why: list[str]
     """What decided it, for the log and the record."""
 
@@ -62,7 +64,7 @@ def settle(
     kept = disk.read_json(path) if is_resuming else None
     if kept is not None and config.layout in ("auto", kept["layout"]) and config.micro_batch_tokens in (None, kept["micro_batch_tokens"]):
         exact_layouts(call, model, [kept["layout"]], longest)
-        return Settled(kept["layout"], kept["micro_batch_tokens"], ["as before it was cut off"])
+        return _apply(Settled(**{**kept, "why": ["as before it was cut off"]}), model)
     wanted = [config.layout] if config.layout != "auto" else list(layouts)
     exact, reason = exact_layouts(call, model, wanted, longest)
     why = [reason] if reason else []
@@ -72,11 +74,17 @@ def settle(
     if config.layout == "auto" and layout != "padded" and num_tokens >= WORTH_PROBING * PROBED_TOKENS:
         layout, timed = _fastest(call, model, groups, [layout, "padded"], pad)
         why.append(timed)
+    each, free = _bytes_per_token(model, groups, layout, pad), _free_bytes(model, context.world_size)
+    recompute = config.gradient_checkpointing is None and not is_sharded(model) and each * longest > SHARE_OF_MEMORY * free
+    if recompute:
+        why.append(f"activations are computed again, since those of the longest sample ({longest:,} tokens) would not fit into memory")
+        each /= model.config.get_text_config().num_hidden_layers
     tokens = config.micro_batch_tokens
     if tokens is None:
-        tokens, found = _afford(context, model, groups, layout, pad)
-        why.append(found)
-    settled = _agree(Settled(layout, tokens, why))
+        most = MOST_TOKENS["cuda" if model.device.type == "cuda" else "cpu"]
+        tokens = max(1, min(most, int(SHARE_OF_MEMORY * free / each)))
+        why.append(f"a token takes {each / 2**20:.2f} MiB, and {free / 2**30:.1f} GiB are free")
+    settled = _apply(_agree(Settled(layout, tokens, recompute, why)), model)
     if context.is_main:
         disk.write_json(path, asdict(settled))
         print(
@@ -109,16 +117,9 @@ def _fastest(
     return fastest, "a probe took " + ", ".join(f"{seconds[layout] * 1000:.0f} ms {layout}" for layout in layouts)
 
 
-def _afford(
-    context: StageContext[Any], model: PreTrainedModel, groups: Callable[[Sequence[int]], list[Group]], layout: Layout, pad: int
-) -> tuple[int, str]:
-    """How many tokens fit into memory, up to as many as make a step faster, and why so many."""
-    most = MOST_TOKENS["cuda" if model.device.type == "cuda" else "cpu"]
-    each = _bytes_per_token(model, groups, layout, pad)
-    free = _free_bytes(model, context.world_size)
-    fitting = int(SHARE_OF_MEMORY * free / each)
-    tokens = max(1, min(most, fitting))
-    return tokens, f"a token takes {each / 2**20:.2f} MiB, and {free / 2**30:.1f} GiB are free"
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds the parameters."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _bytes_per_token(model: PreTrainedModel, groups: Callable[[Sequence[int]], list[Group]], layout: Layout, pad: int) -> float:
@@ -128,7 +129,7 @@ def _bytes_per_token(model: PreTrainedModel, groups: Callable[[Sequence[int]], l
     eq. 2 without the attention scores): 34 bytes for each layer and hidden unit at 16 bits.
     """
     config = model.config.get_text_config()
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if is_sharded(model):
         width = 17 * torch.empty(0, dtype=model.dtype).element_size()
         return float(width * config.hidden_size * (1 if model.is_gradient_checkpointing else config.num_hidden_layers))
     seen: dict[int, int] = {}
@@ -166,4 +167,11 @@ def _agree(settled: Settled) -> Settled:
         return settled
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, settled)
-    return Settled(every[0].layout, min(each.micro_batch_tokens for each in every), every[0].why)
+    tokens = min(each.micro_batch_tokens for each in every)
+    return Settled(every[0].layout, tokens, any(each.recompute for each in every), every[0].why)
+
+
+def _apply(settled: Settled, model: PreTrainedModel) -> Settled:
+    if settled.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return settled
