@@ -7,11 +7,12 @@ Imports no torch.
 """
 
 import errno
+import functools
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,13 +38,13 @@ from posttrain.stage import ArtifactKind, Input, Stage, StageConfig, load_stage
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     from posttrain.launch import Launch
 
 Action = Literal["run", "resume", "skip", "reuse", "rebuild", "drift", "running"]
 WORK: tuple[Action, ...] = ("run", "resume", "rebuild")
+NUM_AHEAD = 2
+"""Later stages whose data are prepared while a stage trains."""
 
 
 # --- Node ------------------------------------------------------------------------------------------------------------
@@ -100,24 +101,28 @@ def plan(config: PipelineConfig, root: Path) -> list[Node]:
     if root.exists() and not root.is_dir():
         raise UserError(f"--root {root}: is a file; give the directory of all runs")
     hashes = disk.HashCache(root / ".hashes.json")
-    sources = {}
+    known: dict[str, Node | Pinned] = {}
     for name, source in config.sources.items():
-        sources[name] = Pinned(name, source, artifact.fingerprint_source(source, f"sources.{name}", hashes))
+        known[name] = Pinned(name, source, artifact.fingerprint_source(source, f"sources.{name}", hashes))
     hashes.save()
-    nodes: dict[str, Node] = {}
+    nodes = []
+    num_processes = config.launcher.num_processes or num_devices()
     for name, raw in config.stages.items():
-        nodes[name] = _wire(name, dict(raw), config, {**sources, **nodes}, root)
-    return list(nodes.values())
+        known[name] = node = _wire(name, dict(raw), config, known, root, num_processes)
+        nodes.append(node)
+    return nodes
 
 
-def _wire(name: str, raw: dict[str, Any], config: PipelineConfig, known: Mapping[str, Node | Pinned], root: Path) -> Node:
+def _wire(
+    name: str, raw: dict[str, Any], config: PipelineConfig, known: Mapping[str, Node | Pinned], root: Path, num_processes: int
+) -> Node:
     at = f"stages.{name}"
     stage = load_stage(raw.get("kind", name), f"{at}.kind" if "kind" in raw else at)
     raw.pop("kind", None)
     wires = raw.pop("inputs", {})
     settings = validate(stage.config, raw, at)
     inputs = _read_wires(f"{at}.inputs", wires, stage, config, known)
-    num_processes = settings.num_processes or config.launcher.num_processes or num_devices()
+    num_processes = settings.num_processes or num_processes
     settings.check(num_processes, at)
     identical = {"kind": stage.kind, **identity(settings, at)}
     recipe = {
@@ -185,7 +190,12 @@ def num_devices() -> int:
 # --- decide ----------------------------------------------------------------------------------------------------------
 
 
-def decide(node: Node, builds: Mapping[str, str | None], rebuild: Sequence[str] = ()) -> Decision:
+def decide(
+    node: Node,
+    builds: Mapping[str, str | None],
+    rebuild: Sequence[str] = (),
+    list_finished: Callable[[Path], Mapping[str, list[artifact.Artifact]]] = ledger.list_finished,
+) -> Decision:
     """What to do about a node, given the build of each of its inputs (None: yet to be made). Reads disk, writes nothing."""
     if holder := ledger.lease_holder(node.directory):
         return Decision("running", f"being built by {holder}")
@@ -197,7 +207,7 @@ def decide(node: Node, builds: Mapping[str, str | None], rebuild: Sequence[str] 
         return Decision("rebuild", "asked for")
     if finished:
         return _decide_finished(node, finished, pending, wanted)
-    if not pending and (found := ledger.find_finished(node.root, node.fingerprint, wanted, besides=node.directory)):
+    if not pending and (found := _find_finished(node, wanted, list_finished)):
         return Decision("reuse", f"finished as {found.directory}", found.id, found)
     if attempt is None:
         return Decision("run", "not started")
@@ -221,6 +231,14 @@ def _decide_finished(node: Node, finished: artifact.Artifact, pending: list[str]
     if again := _changed(finished.inputs, wanted):
         return Decision("rebuild", f"{', '.join(again)} was built again")
     return Decision("skip", f"finished {finished.finished}", finished.id)
+
+
+def _find_finished(
+    node: Node, wanted: dict[str, dict[str, str]], list_finished: Callable[[Path], Mapping[str, list[artifact.Artifact]]]
+) -> artifact.Artifact | None:
+    """A finished build of this very recipe from these very inputs, in another directory under the root."""
+    found = list_finished(node.root).get(node.fingerprint, [])
+    return next((build for build in found if build.directory != node.directory and build.inputs == wanted and build.output.is_dir()), None)
 
 
 def _changed(builds: Mapping[str, Mapping[str, str]], wanted: Mapping[str, Mapping[str, str]]) -> list[str]:
@@ -264,9 +282,10 @@ def decide_all(nodes: Sequence[Node], rebuild: Sequence[str] = ()) -> list[tuple
     """A decision for each node, each knowing those above it."""
     builds: dict[str, str | None] = {}
     decided = []
+    list_finished = functools.cache(ledger.list_finished)  # read once for all nodes
     for node in nodes:
         builds.update({entry.name: entry.fingerprint for entry in node.reads if isinstance(entry, Pinned)})
-        decision = decide(node, builds, rebuild)
+        decision = decide(node, builds, rebuild, list_finished)
         builds[node.name] = decision.build
         decided.append((node, decision))
     return decided
@@ -308,7 +327,7 @@ def execute(nodes: Sequence[Node], selected: Sequence[Node], rebuild: Sequence[s
         if any(decisions[node.name].action in WORK for node in selected):
             launch = stack.enter_context(open_launcher(launcher, console))
         builds: dict[str, str | None] = {name: decision.build for name, decision in decisions.items()}
-        for node in selected:
+        for index, node in enumerate(selected):
             builds.update({entry.name: entry.fingerprint for entry in node.reads if isinstance(entry, Pinned)})
             decision = decide(node, builds, rebuild)
             _refuse(node, decision)
@@ -316,7 +335,8 @@ def execute(nodes: Sequence[Node], selected: Sequence[Node], rebuild: Sequence[s
             if decision.action in WORK:
                 if launch is None:  # what was to be reused is gone since
                     launch = stack.enter_context(open_launcher(launcher, console))
-                _build(node, decision.action, launch, measured_on(nodes))
+                to_do = [later for later in selected[index + 1 :] if decisions[later.name].action in WORK]
+                _build(node, decision.action, launch, measured_on(nodes), to_do)
             elif decision.found:
                 _reuse(node, decision.found)
             done = artifact.read_artifact(node.directory)
@@ -336,14 +356,14 @@ def measured_on(nodes: Sequence[Node]) -> list[Pinned]:
     return [entry for entry in read.values() if isinstance(entry.source, DataSource)]
 
 
-def _build(node: Node, action: Action, launch: "Launch", held_out: Sequence[Pinned]) -> None:
+def _build(node: Node, action: Action, launch: "Launch", held_out: Sequence[Pinned], to_do: Sequence[Node]) -> None:
     with _held(node):
         if action != "rebuild" and artifact.read_artifact(node.directory):
             raise UserError(f"stages.{node.name}: another process finished it just now; run the same command again to go on from there")
         if action != "resume":
             _move_aside(node)
         try:
-            launch(node.directory, _start(node, held_out))
+            launch(node.directory, _start(node, held_out, _foresee(to_do)))
         except StageFailed as failure:
             if disk.is_full(node.directory):  # then the stage could not even leave word of why it failed
                 raise OSError(errno.ENOSPC, str(failure)) from failure
@@ -375,7 +395,21 @@ def _move_aside(node: Node) -> None:
     disk.move_aside([node.directory / name for name in ledger.BUILT], node.root / node.run / ".old" / node.name)
 
 
-def _start(node: Node, held_out: Sequence[Pinned] = ()) -> ledger.Attempt:
+def _foresee(to_do: Sequence[Node]) -> list[dict[str, Any]]:
+    """What `ledger.Foreseen` holds of the next stages that train on rows which are there already."""
+    found = []
+    for node in [node for node in to_do if node.stage.encoder is not None][:NUM_AHEAD]:
+        try:
+            policy, first = _tokenizing_policy(node)
+            record = {"name": node.name, "kind": node.stage.kind, "config": node.config.model_dump(mode="json")}
+            contract = None if first is node.config else {"chat_template": first.chat_template, "system_prompt": first.system_prompt}
+            found.append({**record, "policy": _record(policy), "contract": contract, "data": _record(node.inputs["data"][0])})
+        except UserError:
+            continue  # its data, say, are yet to be made
+    return found
+
+
+def _start(node: Node, held_out: Sequence[Pinned] = (), ahead: Sequence[dict[str, Any]] = ()) -> ledger.Attempt:
     return ledger.start_attempt(
         node.directory,
         stage=node.stage,
@@ -387,6 +421,7 @@ def _start(node: Node, held_out: Sequence[Pinned] = ()) -> ledger.Attempt:
         config=node.config,
         inputs={role: [_record(entry) for entry in entries] for role, entries in node.inputs.items()},
         held_out=[_record(entry) for entry in held_out],
+        ahead=ahead,
         num_processes=node.num_processes,
     )
 
@@ -447,14 +482,13 @@ def plan_command(
     """What would run, and why. Changes nothing."""
     nodes = plan(read_pipeline(config, overrides), root)
     selected = select(nodes, only, start, until, rebuild)
-    rows = [(node, decision) for node, decision in decide_all(nodes, rebuild) if node in selected]
+    chosen = {node.name for node in selected}
+    rows = [(node, decision) for node, decision in decide_all(nodes, rebuild) if node.name in chosen]
     if as_json:
         click.echo(json.dumps([_plan_row(node, decision) for node, decision in rows], indent=1))
         return
-    table = _table("stage", "kind", "reads", "action", "why")
-    for node, decision in rows:
-        table.add_row(node.name, node.stage.kind, " ".join(e.name for e in node.reads), _coloured(decision.action), decision.why)
-    _console().print(table)
+    lines = [(node.name, node.stage.kind, " ".join(e.name for e in node.reads), decision.action, decision.why) for node, decision in rows]
+    _print_table(("stage", "kind", "reads", "action", "why"), lines)
 
 
 @cli.command("run")
@@ -492,12 +526,12 @@ def status_command(config: Path | None, overrides: tuple[str, ...], root: Path, 
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
-    table = _table("stage", "kind", "action", "progress", "metrics", "output")
+    lines = []
     for row in rows:
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in list(row["metrics"].items())[:4])
         label = f"{row['run']}/{row['stage']}" if "run" in row else row["stage"]
-        table.add_row(label, row["kind"], _coloured(row["action"]), _progress_text(row["progress"]), metrics, row["output"] or "")
-    _console().print(table)
+        lines.append((label, row["kind"], row["action"], _progress_text(row["progress"]), metrics, row["output"] or ""))
+    _print_table(("stage", "kind", "action", "progress", "metrics", "output"), lines)
 
 
 @cli.command("stages")
@@ -507,17 +541,14 @@ def stages_command(kind: str | None, as_json: bool) -> None:
     """The kinds of stages, or the fields of one KIND."""
     from stages import STAGES
 
-    console = _console()
     if kind is None:
         stages = [load_stage(name, name) for name in STAGES]
         if as_json:
             kinds = [{"kind": s.kind, "inputs": {r: i.kind for r, i in s.inputs.items()}, "output": s.output} for s in stages]
             click.echo(json.dumps(kinds, indent=1))
             return
-        table = _table("kind", "reads", "writes", "what it does")
-        for stage in stages:
-            table.add_row(stage.kind, ", ".join(f"{role}: {i.kind}" for role, i in stage.inputs.items()), stage.output, stage.summary)
-        console.print(table)
+        lines = [(s.kind, ", ".join(f"{role}: {i.kind}" for role, i in s.inputs.items()), s.output, s.summary) for s in stages]
+        _print_table(("kind", "reads", "writes", "what it does"), lines)
         return
     stage = load_stage(kind, "KIND")
     rows = fields_help(stage.config)
@@ -526,10 +557,7 @@ def stages_command(kind: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([dict(zip(("name", "type", "default", "help"), row, strict=True)) for row in rows], indent=1))
         return
-    table = _table("field", "type", "default", "help")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    _print_table(("field", "type", "default", "help"), rows)
 
 
 @cli.command("chat")
@@ -587,7 +615,8 @@ def inspect_command(
         raise UserError(
             f"{stage}: stages of the kind {node.stage.kind} train on no rows; {nearest(stage, able) if able else 'no stage does'}"
         )
-    policy, first = _tokenizing_policy(node)
+    above, first = _tokenizing_policy(node)
+    policy, _ = _read_entry(above)
     data, _ = _read_entry(node.inputs["data"][0])
 
     from posttrain import inspection
@@ -604,9 +633,10 @@ def inspect_command(
     def losses(chosen: list[Any]) -> list[float]:
         from rich.progress import track
 
-        model = inspection.load_scorer(policy, tokenizer, contract, at)
-        progress = track(chosen, f"scoring under {policy.name}", console=console, disable=as_json or not console.is_terminal)
-        return [inspection.loss_of(encoder, model, row) for row in progress]
+        found = inspection.losses_of(encoder, policy, tokenizer, contract, chosen, at)
+        silent = as_json or not console.is_terminal
+        computed = dict(track(found, f"scoring under {policy.name}", total=len(chosen), console=console, disable=silent))
+        return [computed.get(number, 0.0) for number in range(len(chosen))]
 
     chosen = inspection.choose(source, encoder, rows=rows, worst=worst, num_rows=num_rows, losses=losses)
     inspected = [inspection.inspect(encoder, tokenizer, index, row, loss) for index, row, loss in chosen]
@@ -623,12 +653,12 @@ def inspect_command(
             inspection.show(row, console)
 
 
-def _tokenizing_policy(node: Node) -> tuple[Input, Any]:
+def _tokenizing_policy(node: Node) -> tuple[Node | Pinned, Any]:
     """The nearest policy above a stage that is there to be read, and the config that a chat contract would be established by."""
     first, entry = node.config, node.inputs["policy"][0]
     while isinstance(entry, Node) and not artifact.read_artifact(entry.directory):
         first, entry = entry.config, entry.inputs["policy"][0]
-    return _read_entry(entry)[0], first
+    return entry, first
 
 
 def _plan_row(node: Node, decision: Decision) -> dict[str, Any]:
@@ -693,10 +723,7 @@ def _show_results(console: "Console", selected: Sequence[Node], config: Path, ov
         report = node.directory / artifact.OUTPUT / "table.json"
         if report.is_file():
             content = disk.read_json(report)
-            table = _table(*content["columns"])
-            for row in content["rows"]:
-                table.add_row(*row)
-            console.print(table)
+            _print_table(content["columns"], content["rows"])
             for note in content["notes"]:
                 console.print(note, highlight=False, soft_wrap=True)
     policies = [node.name for node in selected if node.stage.output == "policy"]
@@ -712,18 +739,31 @@ def _console() -> "Console":
     return Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=10_000, no_color=True)
 
 
-def _table(*columns: str) -> "Table":
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if sys.stdout.isatty():
+        _print_fitted(columns, rows)
+        return
+    from rich.cells import cell_len  # how many columns of a terminal a text takes
+
+    lines = [[_one_line(cell) for cell in row] for row in (columns, *rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)]
+        click.echo(f"  {'   '.join(cells)}".rstrip())
+
+
+def _print_fitted(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table in colours, its cells broken to the width of the terminal."""
     from rich import box
     from rich.table import Table
-
-    return Table(*columns, box=box.SIMPLE_HEAD)
-
-
-def _coloured(action: str) -> "Text":
     from rich.text import Text
 
     colours = {"run": "cyan", "resume": "cyan", "rebuild": "yellow", "drift": "red", "running": "magenta"}
-    return Text(action, colours.get(action, "green"))
+    table = Table(*columns, box=box.SIMPLE_HEAD)
+    action = columns.index("action") if "action" in columns else None
+    for row in rows:
+        table.add_row(*(Text(cell, colours.get(cell, "green")) if index == action else cell for index, cell in enumerate(row)))
+    _console().print(table)
 
 
 def _stop(signum: int) -> None:

@@ -6,6 +6,7 @@ whose fields only say where and how fast states `bears_identity = False`, and it
 """
 
 import difflib
+import functools
 import inspect
 import math
 import re
@@ -24,6 +25,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gz")
+MAX_DEPTH = 100
 INPUT_FILE = "input file"
 """Marks a field that names a file, `Annotated[str | None, INPUT_FILE]`: what the file holds bears identity, not where it lies."""
 
@@ -202,26 +204,94 @@ class YamlProblem(ValueError):
 
 def load_yaml(text: str) -> Any:
     """The value of a YAML text, as JSON could hold it, no two places of it sharing an object. Raises `YamlProblem`."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.constructor import SafeConstructor
-    from ruamel.yaml.error import MarkedYAMLError
+    import yaml
 
-    class Constructor(SafeConstructor):
-        """Without dates, which YAML 1.2 does not have: a run may be named 2026-10-01."""
-
-    Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
-    yaml = YAML(typ="safe", pure=True)
-    yaml.Constructor = Constructor
     try:
-        return _plain(yaml.load(text), "")
-    except MarkedYAMLError as error:
+        _refuse_depth(text)
+        loader = _yaml_loader()(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _refuse_repeated_keys(node)
+            return _plain(loader.construct_document(node), "")
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         reason = _one_line(error.problem or error.context or "not readable")
-        raise YamlProblem(f"not valid YAML: {reason}", mark.line + 1 if mark else 1) from None
+        line = mark.line + 1 if mark else 1
+        raise YamlProblem(f"not valid YAML: {reason}", min(line, len(text.splitlines()) or 1)) from None  # not one past the end
     except YamlProblem:
         raise
     except Exception as error:  # an odd tag or deep nesting ends in errors of any kind inside the parser
         raise YamlProblem(f"not valid YAML: {_one_line(str(error) or type(error).__name__)}") from None
+
+
+@functools.cache
+def _yaml_loader() -> Any:
+    """PyYAML's loader in C, with the scalars of YAML 1.2: no dates (a run may be named 2026-10-01), no yes and no, no octal 017."""
+    import yaml
+
+    class Loader(yaml.CSafeLoader):  # type: ignore[misc]
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    for tag, pattern, first in _SCALARS:
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list(first))
+    Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: loader.construct_scalar(node))
+    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: _read_int(loader.construct_scalar(node)))
+    return Loader
+
+
+_SCALARS = (
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("float", r"[-+]?(?:\.[0-9_]+|[0-9][0-9_]*\.[0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
+    ("float", r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$", "-+."),
+    ("int", r"[-+]?(?:[0-9][0-9_]*|0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+)$", "-+0123456789"),
+    ("null", r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("merge", r"<<$", "<"),
+)
+"""What a plain scalar is read as, if not as text: tag, pattern and the letters it begins with (the core schema, and merge keys)."""
+
+
+def _read_int(text: str) -> int:
+    digits = text.replace("_", "")
+    return int(digits, 0) if digits.lstrip("+-")[:2] in ("0b", "0o", "0x") else int(digits)
+
+
+def _refuse_depth(text: str) -> None:
+    """Refuse what is nested beyond sense, before a parser recurses into it."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=_yaml_loader()):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise yaml.MarkedYAMLError(problem=f"nested over {MAX_DEPTH} deep", problem_mark=event.start_mark)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+
+
+def _refuse_repeated_keys(node: Any) -> None:
+    import yaml
+
+    left, seen = [node], set()
+    while left:
+        node = left.pop()
+        if id(node) in seen or isinstance(node, yaml.ScalarNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            left += node.value
+            continue
+        keys = set()
+        for key, value in node.value:
+            left += [key, value]
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in keys:
+                    raise yaml.MarkedYAMLError(problem=f'found duplicate key "{key.value}"', problem_mark=key.start_mark)
+                keys.add((key.tag, key.value))
 
 
 def _plain(value: object, at: str) -> Any:

@@ -1,15 +1,56 @@
-"""Generation under a chat contract: batched greedy answers for evaluation, and a conversation on the terminal."""
+"""Generation under a chat contract: greedy answers for evaluation, and a conversation on the terminal.
 
-from collections.abc import Callable, Sequence
+Evaluation decodes with a key-value cache, whose rows are the answers under way. What prompts begin with alike is read
+once; a row leaves the cache when its answer ends, and the next prompt takes its place. `model.generate` can do neither,
+so the loop is here; it is used for the models that only attend to keys and values, and to their positions.
+"""
+
+import copy
+import inspect
+import itertools
+import re
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from torch.nn.functional import pad
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase, TextStreamer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.logging import disable_progress_bar
 
+from posttrain.batch import token_batches
 from posttrain.chat import ChatContract, check_contract, encode_prompt, read_contract
 from posttrain.error import UserError
+
+CACHE_BYTES = 2 * 2**30
+"""Size of the key-value cache: so many answers are under way at a time."""
+ROWS_AT_ONCE = 256
+"""Most answers under way at a time, where the model is so small that more would fit: logits take memory too."""
+PREFILL_TOKENS = 4096
+"""Tokens of one forward pass over prompts, padding counted."""
+WORTH_SHARING_TOKENS = 512
+"""Tokens that must be saved by reading what prompts share in a forward pass of its own."""
+GENERATE_TOKENS = 16_384
+"""Tokens of one batch of `model.generate`, prompts, answers and padding."""
+
+GREEDY_IGNORES = re.compile(
+    "(pad|bos|eos)_token_id|max_length|max_new_tokens|do_sample|temperature|top_[kph]|min_p|typical_p|use_cache|"
+    "output_.*|return_dict_in_generate|transformers_version|_from_model_config"
+)
+"""Settings of a generation config that do not change a greedy answer, or that `answer_all` sets itself."""
+GREEDY_NEUTRAL = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+}
+"""Settings that change nothing at these values; any other setting takes the way of `model.generate`."""
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, contract: ChatContract) -> list[int]:
@@ -32,37 +73,299 @@ def answer_all(
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int,
-    batch_size: int,
     tick: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """The greedy answer to each prompt of token ids, without its stop token; `tick` is told how many are done.
 
-    Prompts are batched by length and padded on the left; an answer does not depend on its neighbours but for rounding.
+    The answers are those of `model.generate` for one prompt at a time, but for rounding.
     """
-    stops = stop_ids(tokenizer, contract)
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    if not prompts:
+        return []
+    stops = set(stop_ids(tokenizer, contract))
+    pad_id: int = tokenizer.pad_token_id
+    obstacle = _obstacle(model, max(map(len, prompts)) + max_new_tokens)
+    if obstacle is None:
+        decoded = _decode(model, prompts, stops=stops, pad_id=pad_id, max_new_tokens=max_new_tokens)
+    else:
+        print(f"generate: {obstacle.reason}: answers come from plain model.generate, which is slower", flush=True)
+        decoded = _generate(model, prompts, stops=stops, pad_id=pad_id, max_new_tokens=max_new_tokens, may_pad=obstacle.may_pad)
     answers = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        width = len(prompts[batch[0]])
-        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, index in enumerate(batch):
-            ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
-            mask[row, width - len(prompts[index]) :] = 1
-        generated = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=stops,
-            pad_token_id=tokenizer.pad_token_id,
-        )[:, width:].tolist()
-        for index, tokens in zip(batch, generated, strict=True):
-            end = next((position for position, token in enumerate(tokens) if token in stops), len(tokens))
-            answers[index] = decode(tokenizer, tokens[:end])
-        tick(start + len(batch))
+    for done, (index, tokens) in enumerate(decoded, 1):
+        answers[index] = decode(tokenizer, tokens)
+        tick(done)
     return answers
+
+
+# --- batches that shrink and refill ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Answer:
+    """An answer under way: the index of its prompt, its tokens so far, and the columns that it may come to need."""
+
+    index: int
+    reach: int
+    tokens: list[int] = field(default_factory=list)
+
+
+@dataclass
+class _Rows:
+    """Answers under way, each a row (R) of a key-value cache of W columns; every row ends at the last column."""
+
+    answers: list[_Answer]
+    cache: Any
+    """A `DynamicCache` of `DynamicLayer`s: in each, keys and values `(R, heads, W, size)`."""
+    seen: torch.Tensor
+    """Which columns a row attends to, `(R, W)`: its prompt and answer; the rest is padding."""
+    tokens: torch.Tensor
+    """The last token of each row, which is not in the cache yet, `(R, 1)`."""
+    positions: torch.Tensor
+    """Its position, `(R, 1)`."""
+
+
+def _decode(
+    model: Any, prompts: Sequence[list[int]], *, stops: set[int], pad_id: int, max_new_tokens: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Index and answer of each prompt, as answers end. A row leaves the batch when it ends, and others take its place."""
+    cache_tokens = CACHE_BYTES // _bytes_per_token(model)
+    rows: _Rows | None = None
+    for num_shared, members in _families(prompts):
+        prefix = _read_prefix(model, prompts[members[0]][:num_shared])
+        waiting = deque(members)
+        while waiting:
+            reaches = [len(prompts[index]) + max_new_tokens for index in waiting]
+            if num_joining := _num_joining(rows.answers if rows else [], reaches, cache_tokens):
+                joining = [_Answer(waiting.popleft(), reaches[0]) for _ in range(num_joining)]
+                new = _read(model, prefix, [prompts[answer.index][num_shared:] for answer in joining], joining, pad_id)
+                rows = _join(rows, new) if rows else new
+            else:
+                assert rows is not None, "an empty batch has room for one more"
+                _step(model, rows)
+            rows = yield from _take_ended(rows, stops, max_new_tokens)
+    while rows:
+        _step(model, rows)
+        rows = yield from _take_ended(rows, stops, max_new_tokens)
+
+
+def _families(prompts: Sequence[list[int]]) -> list[tuple[int, list[int]]]:
+    """Prompts that begin alike: the number of tokens shared, and their indices with the longest first; long families first.
+
+    At least one token of each prompt is not shared: what it is followed by is asked of the prompt itself.
+    """
+    families = []
+    unsplit = [sorted(range(len(prompts)), key=lambda index: prompts[index])]
+    while unsplit:
+        members = unsplit.pop()
+        num_shared = _num_shared(prompts, members)
+        rest = []
+        for _, group in itertools.groupby(members, key=lambda index: prompts[index][num_shared]):
+            part = list(group)
+            if (len(part) - 1) * (_num_shared(prompts, part) - num_shared) >= WORTH_SHARING_TOKENS:
+                unsplit.append(part)
+            else:
+                rest += part
+        if rest:
+            worth = (len(rest) - 1) * num_shared >= WORTH_SHARING_TOKENS
+            families.append((num_shared if worth else 0, sorted(rest, key=lambda index: -len(prompts[index]))))
+    return sorted(families, key=lambda family: -len(prompts[family[1][0]]))
+
+
+def _num_shared(prompts: Sequence[list[int]], members: list[int]) -> int:
+    """Tokens that sorted prompts begin with, all of them; fewer than the shortest has."""
+    pairs = zip(prompts[members[0]], prompts[members[-1]], strict=False)
+    alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return min(alike, *(len(prompts[index]) - 1 for index in members))
+
+
+def _num_joining(answers: list[_Answer], reaches: list[int], cache_tokens: int) -> int:
+    """How many of the waiting prompts, the longest first, join the answers under way now.
+
+    Rows of very unlike length do not mix: the short ones would pay for the columns of the long ones at every step.
+    """
+    under_way = [answer.reach for answer in answers]
+    widest, narrowest = max([*under_way, reaches[0]]), min([*under_way, reaches[0]])
+    if narrowest * 2 < widest:
+        return 0
+    at_most = min(ROWS_AT_ONCE, max(1, cache_tokens // widest))
+    free = at_most - len(answers)
+    if answers and free < min(len(reaches), at_most / 4):
+        return 0  # reading few prompts costs as much time as reading many
+    return sum(1 for reach in reaches[:free] if reach * 2 >= widest)
+
+
+def _bytes_per_token(model: Any) -> int:
+    """Bytes that one token of one row takes in the cache."""
+    return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in _read_prefix(model, [0]).layers)
+
+
+@torch.no_grad()
+def _read_prefix(model: Any, ids: list[int]) -> Any:
+    """The cache of one row after these tokens."""
+    cache = DynamicCache()
+    for start in range(0, len(ids), PREFILL_TOKENS):
+        chunk = torch.tensor([ids[start : start + PREFILL_TOKENS]], device=model.device)
+        model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+@torch.no_grad()
+def _read(model: Any, prefix: Any, prompts: list[list[int]], answers: list[_Answer], pad_id: int) -> _Rows:
+    """Rows for prompts that go on from `prefix`, the longest first, with the first token of each answer."""
+    num_shared = prefix.get_seq_length()
+    ids, seen = _pad_left(prompts, pad_id, model.device)
+    width = ids.shape[1]
+    seen = pad(seen, (num_shared, 0), value=True)
+    positions = (seen.cumsum(1) - 1).clamp(min=0)
+    cache = copy.deepcopy(prefix)
+    cache.batch_repeat_interleave(len(prompts))
+    step = max(1, PREFILL_TOKENS // len(prompts))
+    for start in range(0, width, step):
+        end = min(start + step, width)
+        logits = model(
+            input_ids=ids[:, start:end],
+            attention_mask=seen[:, : num_shared + end],
+            position_ids=positions[:, num_shared + start : num_shared + end],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+    rows = _Rows(answers, cache, seen, ids[:, -1:], positions[:, -1:])
+    _choose(rows, logits)
+    return rows
+
+
+def _join(rows: _Rows, new: _Rows) -> _Rows:
+    """Both as one batch, the narrower padded on the left."""
+    width = max(rows.seen.shape[1], new.seen.shape[1])
+    pads = [width - part.seen.shape[1] for part in (rows, new)]
+    for ours, theirs in zip(rows.cache.layers, new.cache.layers, strict=True):
+        ours.keys = torch.cat([pad(part, (0, 0, num, 0)) for part, num in zip((ours.keys, theirs.keys), pads, strict=True)])
+        ours.values = torch.cat([pad(part, (0, 0, num, 0)) for part, num in zip((ours.values, theirs.values), pads, strict=True)])
+    return _Rows(
+        rows.answers + new.answers,
+        rows.cache,
+        torch.cat([pad(part.seen, (num, 0)) for part, num in zip((rows, new), pads, strict=True)]),
+        torch.cat([rows.tokens, new.tokens]),
+        torch.cat([rows.positions, new.positions]),
+    )
+
+
+@torch.no_grad()
+def _step(model: Any, rows: _Rows) -> None:
+    """One more token for every row."""
+    rows.seen = pad(rows.seen, (0, 1), value=True)
+    logits = model(
+        input_ids=rows.tokens,
+        attention_mask=rows.seen,
+        position_ids=rows.positions,
+        past_key_values=rows.cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits
+    _choose(rows, logits)
+
+
+def _choose(rows: _Rows, logits: torch.Tensor) -> None:
+    """Append the likeliest token by `logits`, `(R, 1, V)`, to each answer."""
+    rows.tokens = logits.argmax(-1)
+    rows.positions = rows.positions + 1
+    for answer, token in zip(rows.answers, rows.tokens[:, 0].tolist(), strict=True):
+        answer.tokens.append(token)
+
+
+def _take_ended(rows: _Rows, stops: set[int], max_new_tokens: int) -> Generator[tuple[int, list[int]], None, _Rows | None]:
+    """Yield index and tokens of answers that have ended; return the rows of the others, None if there are none."""
+    going = []
+    for row, answer in enumerate(rows.answers):
+        stopped = answer.tokens[-1] in stops
+        if stopped or len(answer.tokens) == max_new_tokens:
+            yield answer.index, answer.tokens[:-1] if stopped else answer.tokens
+        else:
+            going.append(row)
+    if not going:
+        return None
+    if len(going) < len(rows.answers):
+        kept = torch.tensor(going, device=rows.seen.device)
+        rows.cache.batch_select_indices(kept)
+        rows.seen, rows.tokens, rows.positions = rows.seen[kept], rows.tokens[kept], rows.positions[kept]
+        rows.answers = [rows.answers[row] for row in going]
+        unused = int(rows.seen.any(0).int().argmax())  # columns on the left that only rows used which are gone
+        rows.seen = rows.seen[:, unused:]
+        for layer in rows.cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, unused:], layer.values[:, :, unused:]
+    return rows
+
+
+# --- models that this is not exact for -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Obstacle:
+    """Why a model is not decoded here, and whether prompts of unlike length may share a batch of `model.generate`."""
+
+    reason: str
+    may_pad: bool
+
+
+def _obstacle(model: Any, longest: int) -> _Obstacle | None:
+    """What makes `_decode` inexact for this model and rows of up to `longest` tokens; None where it is exact.
+
+    `_decode` moves rows between columns of the cache, so only positions may tell a model where a token stands.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if model.is_remote_code():
+        return _Obstacle("the model brings its own code", may_pad=False)
+    takes = inspect.signature(model.forward).parameters
+    if lacking := {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}.difference(takes):
+        return _Obstacle(f"{type(model).__name__} takes no {min(lacking)}", may_pad=False)
+    for layer in DynamicCache(config=config).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            return _Obstacle(f"{type(model).__name__} keeps more than keys and values ({type(layer).__name__})", may_pad=False)
+        if isinstance(layer, DynamicSlidingWindowLayer) and longest > layer.sliding_window:
+            return _Obstacle(f"{longest} tokens are more than the attention window of {layer.sliding_window}", may_pad=True)
+    ropes = config.to_dict().get("rope_parameters") or {}  # one for all layers, or one for each type of layer
+    for rope in [value for value in ropes.values() if isinstance(value, dict)] or [ropes]:
+        if rope.get("rope_type") not in ("dynamic", "longrope"):
+            continue
+        original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+        if longest > original:
+            return _Obstacle(f"{longest} tokens are over {original}, where positions are scaled by the longest row", may_pad=False)
+    for name, value in model.generation_config.to_diff_dict().items():
+        if not GREEDY_IGNORES.fullmatch(name) and value != GREEDY_NEUTRAL.get(name):
+            return _Obstacle(f"the generation config sets {name}: {value}", may_pad=True)
+    return None
+
+
+def _generate(
+    model: Any, prompts: Sequence[list[int]], *, stops: set[int], pad_id: int, max_new_tokens: int, may_pad: bool
+) -> Iterator[tuple[int, list[int]]]:
+    """Index and answer of each prompt by `model.generate`, in batches of like length, or of equal length unless `may_pad`."""
+    by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    groups = [by_length] if may_pad else [list(group) for _, group in itertools.groupby(by_length, key=lambda index: len(prompts[index]))]
+    for group in groups:
+        for positions in token_batches([len(prompts[index]) + max_new_tokens for index in group], GENERATE_TOKENS):
+            batch = [group[position] for position in positions]
+            ids, seen = _pad_left([prompts[index] for index in batch], pad_id, model.device)
+            generated = model.generate(
+                input_ids=ids,
+                attention_mask=seen,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=sorted(stops),
+                pad_token_id=pad_id,
+            )
+            for index, tokens in zip(batch, generated[:, ids.shape[1] :].tolist(), strict=True):
+                yield index, list(itertools.takewhile(lambda token: token not in stops, tokens))
+
+
+def _pad_left(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of the rows, the longest first, and which of them are not padding, both `(R, T)`."""
+    ids = torch.tensor([[pad_id] * (len(rows[0]) - len(row)) + row for row in rows], device=device)
+    seen = torch.tensor([[False] * (len(rows[0]) - len(row)) + [True] * len(row) for row in rows], device=device)
+    return ids, seen
+
+
+# --- conversation ----------------------------------------------------------------------------------------------------
 
 
 def chat(directory: Path, *, name: str, prompt: str | None) -> None:

@@ -9,7 +9,7 @@
                             artifact.json    written last: the stage finished
                             metrics.jsonl    one line for each logged step
                             progress.json    phase, step and speed, for who watches
-                            logs/attempt_N/  stdout and stderr of each rank
+                            logs/attempt_N/  stdout and stderr of each rank, and what was prepared ahead
     <root>/<run>/.old/<stage>/N/             what a rebuild moved aside
     <root>/.prepared/  <root>/.hashes.json   shared by all runs
 
@@ -24,7 +24,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ class Attempt:
     number: int
     started: str
     token: str
+    ahead: list[dict[str, Any]] = field(default_factory=list)
+    """Stages that come later and whose rows can be prepared meanwhile: what `Foreseen` holds, as plain JSON."""
 
     def logs(self, directory: Path) -> Path:
         """Where the ranks of this attempt at the stage in `directory` write what they say."""
@@ -99,7 +101,7 @@ def read_attempt(directory: Path) -> Attempt | None:
 def start_attempt(
     directory: Path, *, stage: Stage[Any], name: str, run: str, root: Path, fingerprint: str, identity: Mapping[str, Any],
     config: StageConfig, inputs: dict[str, list[dict[str, Any]]], num_processes: int,
-    held_out: Sequence[dict[str, Any]] = (),
+    held_out: Sequence[dict[str, Any]] = (), ahead: Sequence[dict[str, Any]] = (),
 ) -> Attempt:  # fmt: skip
     """Write `stage.json` for a new attempt, with a log directory of its own."""
     logs = directory / "logs"
@@ -123,6 +125,7 @@ def start_attempt(
         number=number,
         started=now(),
         token=uuid.uuid4().hex,
+        ahead=list(ahead),
     )
     disk.write_json(directory / "stage.json", asdict(attempt))
     return attempt
@@ -150,6 +153,35 @@ def open_context(directory: Path, *, rank: int, local_rank: int, world_size: int
     return attempt, stage, context
 
 
+@dataclass(frozen=True)
+class Foreseen:
+    """A stage that comes later, with what is known of it already."""
+
+    stage: Stage[Any]
+    name: str
+    config: StageConfig
+    policy: Input
+    """Its input policy, or the nearest policy above that is there: the chat contract travels unchanged."""
+    contract: dict[str, str | None] | None
+    """Settings by which the stage that reads `policy` establishes the contract; None where that is the foreseen stage itself."""
+    data: Input
+
+
+def foreseen(attempt: Attempt) -> list[Foreseen]:
+    """What `stage.json` says of later stages."""
+    return [
+        Foreseen(
+            stage=(stage := load_stage(record["kind"], record["name"])),
+            name=record["name"],
+            config=validate(stage.config, record["config"], f"stages.{record['name']}"),
+            policy=_read_input(record["policy"]),
+            contract=record["contract"],
+            data=_read_input(record["data"]),
+        )
+        for record in attempt.ahead
+    ]
+
+
 def _read_input(entry: dict[str, Any]) -> Input:
     return Input(entry["name"], entry["kind"], entry["fingerprint"], read_source(entry["name"], entry["source"]))
 
@@ -162,18 +194,17 @@ def output_source(artifact: Artifact) -> ModelSource | DataSource:
     return ModelSource(model=str(output))
 
 
-def find_finished(root: Path, fingerprint: str, input_builds: Mapping[str, Mapping[str, str]], besides: Path) -> Artifact | None:
-    """A finished build under `root`, in another run, of this very recipe from these very inputs; or None."""
+def list_finished(root: Path) -> dict[str, list[Artifact]]:
+    """All finished builds under `root`, by fingerprint."""
+    found: dict[str, list[Artifact]] = {}
     for path in sorted(root.glob(f"*/*/{ARTIFACT_FILE}")):
-        if path.parent == besides:
-            continue
         try:
             artifact = read_artifact(path.parent)
         except UserError:
             continue  # another run's damage is that run's to report
-        if artifact and artifact.fingerprint == fingerprint and artifact.inputs == input_builds and artifact.output.is_dir():
-            return artifact
-    return None
+        if artifact:
+            found.setdefault(artifact.fingerprint, []).append(artifact)
+    return found
 
 
 @dataclass(frozen=True)

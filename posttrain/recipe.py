@@ -57,13 +57,11 @@ class TrainingExecution(Config):
     micro_batch_tokens: int | None = Field(None, ge=1)
     """Tokens that one rank computes at once; a longer sample stands alone. By default as many as memory allows and speed gains by."""
     layout: Literal["auto", "shared", "packed", "padded"] = "auto"
-    """How samples lie in what a rank computes at once: one row each, filled up (`padded`); end to end, each seeing only itself
-    (`packed`); and with the prompt of a pair there once (`shared`). `auto` takes the fastest that is exact for the model."""
+    """How samples lie in what is computed at once: filled up, end to end, a pair's prompt once; `auto`: the fastest that is exact."""
     deepspeed: str | None = None
     """DeepSpeed config file, such as `ds_configs/zero3.json`; its sizes and rates may be `auto`."""
     gradient_checkpointing: bool | None = None
-    """Recompute activations in the backward pass: less memory, about a third more time. By default only where the longest sample
-    would not fit into memory otherwise; under DeepSpeed ZeRO-3 only where this says so."""
+    """Recompute activations in the backward pass: less memory, a third more time. By default where the longest sample needs it."""
     attn_implementation: str | None = None
     """Attention backend: `eager`, `sdpa`, `flash_attention_2`, `flex_attention`; by default the best that is there."""
     save_steps: int = Field(500, ge=1)

@@ -4,6 +4,7 @@ Imported by nothing else. An import that fails here fails again, with its traceb
 """
 
 import ctypes
+import importlib
 import os
 import signal
 import sys
@@ -33,10 +34,15 @@ import transformers  # noqa: E402, F401
 import trl.trainer.dpo_trainer  # noqa: E402
 import trl.trainer.sft_trainer  # noqa: E402, F401
 
+import posttrain.ahead  # noqa: E402
 import posttrain.evaluate  # noqa: E402
 import posttrain.fit  # noqa: E402
 import posttrain.generate  # noqa: E402
 import posttrain.models  # noqa: E402, F401
+from stages import STAGES  # noqa: E402
+
+for module in STAGES.values():
+    importlib.import_module(module)
 
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 0)  # from here on it ends in order, and takes its semaphores down

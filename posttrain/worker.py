@@ -7,7 +7,7 @@ Started by the local launcher (forked from the warm parent), or from the rank va
 
 Phases: `prepare` (main rank alone, no process group), `run` (all ranks, one process group), `verify` (main rank alone,
 after the process group ended, in a process of its own under the local launcher): reload what was published apart from the
-live model, compare, and write `artifact.json`.
+live model, compare, and write `artifact.json`. Beside `run`, the local launcher has one more process prepare data ahead.
 """
 
 import contextlib
@@ -21,19 +21,20 @@ import traceback
 from collections.abc import Iterator, Mapping
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from posttrain import artifact, disk
-from posttrain.error import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
-from posttrain.ledger import Attempt, open_context
-from posttrain.parallel import num_cores
+from posttrain.error import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError, heed_signals
+from posttrain.ledger import Attempt, open_context, read_attempt
 from posttrain.provenance import provenance
 from posttrain.stage import Stage, StageContext
 
 Phase = Literal["prepare", "run", "verify"]
 ERROR_FILE = "rank_{rank}.error.json"
+AHEAD_LOG = "ahead.log"
 METRICS_FILE = "final_metrics.json"
 WAIT_FOR_PREPARE_S = 24 * 3600
+LOWEST_PRIORITY = 19
 
 
 def worker(directory: Path, phase: Phase, rendezvous: Mapping[str, str]) -> None:
@@ -50,6 +51,34 @@ def worker(directory: Path, phase: Phase, rendezvous: Mapping[str, str]) -> None
     )
     with _log_to(attempt.logs(directory) / f"rank_{rank}.log"):
         code = _run(attempt, stage, context, [phase])
+    _end(code)
+
+
+def work_ahead(directory: Path) -> None:
+    """Prepare the data of later stages, in a process forked for it, with what the training leaves of a core; ends the process."""
+    _end_with_driver()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(LOWEST_PRIORITY)
+    attempt = read_attempt(directory)
+    assert attempt is not None, "the launcher is given the attempt that it was read from"
+    with _log_to(attempt.logs(directory) / AHEAD_LOG):
+        try:
+            from posttrain.ahead import prepare_ahead
+
+            with heed_signals(_stop):  # so that nothing half-made is left
+                prepare_ahead(directory, attempt)
+        except Preempted as stopped:
+            print(f"stopped: {stopped}", file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+    _end(EXIT_DONE)
+
+
+def _stop(signum: int) -> None:
+    raise Preempted(f"by {signal.Signals(signum).name}")
+
+
+def _end(code: int) -> NoReturn:
     # Libraries leave threads and exit hooks behind that can hang or crash an interpreter on its way out; all that
     # matters is on disk by now.
     sys.stdout.flush()
@@ -121,8 +150,10 @@ def _prepare(attempt: Attempt, stage: Stage[Any], context: StageContext[Any]) ->
 def _train(stage: Stage[Any], context: StageContext[Any]) -> None:
     import torch
 
+    from posttrain.machine import make_ready
+
     os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", context.world_size))))
+    make_ready(int(os.environ.get("LOCAL_WORLD_SIZE", context.world_size)))
     with _process_group(context):
         metrics = stage.run(context)
     if context.is_main:
@@ -154,6 +185,9 @@ def _verify(attempt: Attempt, stage: Stage[Any], context: StageContext[Any]) -> 
         from posttrain.models import verify_published
 
         metrics |= verify_published(context)
+    # Once the output is verified, a resumed attempt goes on from it. To remove large files takes as long as to hash them.
+    removal = threading.Thread(target=shutil.rmtree, args=(context.checkpoints,), kwargs={"ignore_errors": True})
+    removal.start()
     artifact.write_artifact(
         context.directory,
         kind=stage.output,
@@ -164,7 +198,7 @@ def _verify(attempt: Attempt, stage: Stage[Any], context: StageContext[Any]) -> 
         metrics=metrics,
         provenance={**provenance(attempt.started), "config": attempt.config, "num_processes": attempt.num_processes},
     )
-    shutil.rmtree(context.checkpoints, ignore_errors=True)  # resumable state of what need not be resumed
+    removal.join()
 
 
 def _report(context: StageContext[Any], attempt: Attempt, kind: str, message: str) -> None:

@@ -99,13 +99,39 @@ def project(tmp_path: Path, stories: Path) -> Iterator[Project]:
 run: r
 sources: {{base: {{model: {stories}}}, chat: {{data: {tmp_path}/chat.jsonl}}}}
 stages:
-  sft: {{inputs: {{policy: base, data: chat}}, max_steps: {NUM_STEPS}, global_batch_size: 8, per_device_train_batch_size: 1,
+  sft: {{inputs: {{policy: base, data: chat}}, max_steps: {NUM_STEPS}, global_batch_size: 8, micro_batch_tokens: 1,
          save_steps: 10, max_length: 128, num_processes: 2}}
 """)
     project = Project(tmp_path)
     yield project
     for pid in project.processes():
         os.kill(pid, signal.SIGKILL)
+
+
+def prepares_ahead(project: Project) -> bool:
+    """Whether rows of the second stage are being encoded while the first trains."""
+    return project.is_past(0, attempt=1) and any(project.here.glob("runs/.prepared/.*.partial-*/rows.arrow"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["Ctrl-C", "SIGTERM", "kill -9"])
+def test_a_run_that_is_ended_while_it_prepares_ahead_leaves_no_process_behind(project: Project, number: signal.Signals) -> None:
+    answers = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": f"{i} it may be."} for i in range(30_000)]
+    (project.here / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    text = (project.here / "pipeline.yaml").read_text()
+    text = text.replace("sources: {", f"sources: {{prefs: {{data: {project.here}/prefs.jsonl}}, ")
+    (project.here / "pipeline.yaml").write_text(text + "  dpo: {inputs: {policy: sft, data: prefs}, max_steps: 1, max_length: 128}\n")
+    driver = project.start()
+    project.wait(lambda: prepares_ahead(project), START_WITHIN_S, "preparing ahead was to begin")
+    if number == signal.SIGKILL:
+        driver.kill()
+        driver.wait()
+        project.wait(lambda: not project.processes(), END_WITHIN_S, "the orphans were to end")
+        return
+    driver.send_signal(number)
+    code, err = project.ended(driver)
+    assert code == 75
+    assert "Traceback" not in err
+    assert not prepares_ahead(project), "what was half made is taken away"
 
 
 def actions(posttrain: Callable[..., Any], project: Project) -> dict[str, Any]:

@@ -358,10 +358,10 @@ def test_an_artifact_file_edited_by_hand_is_damaged(project: Project) -> None:
 
 OTHER_EXECUTION = {
     "num_processes": "2",
-    "per_device_train_batch_size": "3",
+    "micro_batch_tokens": "300",
     "deepspeed": "ds_configs/zero2.json",
     "gradient_checkpointing": "true",
-    "packing": "true",
+    "layout": "padded",
     "attn_implementation": "sdpa",
     "save_steps": "7",
     "logging_steps": "7",
@@ -415,6 +415,41 @@ def test_a_hub_source_counts_by_its_pinned_commit(project: Project) -> None:
     hub = "sources.base={model: some-org/some-base, revision: " + "a" * 40 + "}"
     assert project.fingerprints(hub) == project.fingerprints(hub)
     assert project.fingerprints(hub) != project.fingerprints(hub.replace("aaaa}", "aaab}"))
+
+
+# --- what a stage is told of those after it ------------------------------------------------------------------------------
+
+
+def foreseen(project: Project, stage: str) -> list[str]:
+    attempt = ledger.read_attempt(project.stage(stage))
+    assert attempt is not None
+    return [later.name for later in ledger.foreseen(attempt)]
+
+
+def test_a_stage_foresees_the_next_ones_that_train_on_rows(project: Project) -> None:
+    project.run()
+    assert [foreseen(project, name) for name in NAMES] == [["dpo"], [], []]
+    attempt = ledger.read_attempt(project.stage("sft"))
+    assert attempt is not None
+    (later,) = ledger.foreseen(attempt)
+    assert (later.policy.name, later.data.name, later.config.beta) == ("base", "prefs", 0.1)
+    assert later.contract == {"chat_template": None, "system_prompt": None}
+
+
+def test_a_stage_foresees_only_what_this_command_will_run(project: Project) -> None:
+    project.run("--until", "sft")
+    assert foreseen(project, "sft") == []
+    project.run()
+    project.run("--rebuild", "sft", "--until", "dpo")
+    assert foreseen(project, "sft") == ["dpo"]
+
+
+def test_a_stage_whose_data_are_yet_to_be_made_is_not_foreseen(project: Project) -> None:
+    made = "  mix: {kind: curate, inputs: {data: chat}}\n  more: {kind: sft, inputs: {policy: dpo, data: mix}, learning_rate: 1e-5}\n"
+    project.config.write_text(project.config.read_text() + made)
+    project.run()
+    assert foreseen(project, "dpo") == []
+    assert foreseen(project, "sft") == ["dpo"]
 
 
 # --- reuse -----------------------------------------------------------------------------------------------------------
@@ -641,7 +676,7 @@ def test_a_long_line_is_not_broken_where_there_is_no_terminal(project: Project) 
 
 def test_square_brackets_are_shown_as_they_are_written(project: Project) -> None:
     project.run()
-    assert "adamw_torch -> [/red] [bold]x[/]" in project.ended("plan", "stages.dpo.optim='[/red] [bold]x[/]'").out
+    assert "adamw_torch_fused -> [/red] [bold]x[/]" in project.ended("plan", "stages.dpo.optim='[/red] [bold]x[/]'").out
     assert "stages.sft.trainer={x: [sigmoid]} --stage dpo" in project.ended("run", "run=other", "stages.sft.trainer={x: [sigmoid]}").out
     assert "list[float] | None" in project.call("stages", "dpo").out
 

@@ -103,10 +103,13 @@ class Prepared:
         return counts
 
 
-def prepare(context: StageContext[Any], given: Input, encoder: Encoder, *, fatal: Collection[Fault] = ()) -> Prepared:
+def prepare(
+    context: StageContext[Any], given: Input, encoder: Encoder, *, fatal: Collection[Fault] = (), num_processes: int | None = None
+) -> Prepared:
     """Encode every row of an input, or find it encoded already. Writes `prepared.json` into the stage directory.
 
-    The first row with a fault that is `fatal` ends it. Of several processes that want the same at once, one makes it.
+    The first row with a fault that is `fatal` ends it. Of several processes that want the same at once, one makes it, by
+    default with all cores.
     """
     path = context.root / ".prepared" / _key(context, given, encoder)
     if not _is_whole(path):
@@ -116,7 +119,7 @@ def prepare(context: StageContext[Any], given: Input, encoder: Encoder, *, fatal
         with _alone(path):
             if not _is_whole(path):
                 progress.phase("prepare data")
-                _encode_all(context, given, encoder, path, frozenset(fatal), progress)
+                _encode_all(context, given, encoder, path, frozenset(fatal), progress, num_processes)
     prepared = Prepared(path, **disk.read_json(path / "manifest.json"))
     disk.write_json(context.directory / FILE, {"path": str(path)})
     return prepared
@@ -207,13 +210,19 @@ class _Total:
 
 
 def _encode_all(
-    context: StageContext[Any], given: Input, encoder: Encoder, path: Path, fatal: frozenset[Fault], progress: Progress
+    context: StageContext[Any],
+    given: Input,
+    encoder: Encoder,
+    path: Path,
+    fatal: frozenset[Fault],
+    progress: Progress,
+    num_processes: int | None,
 ) -> None:
     source = open_source(given.data, f"{context.at}: {given.name}")
     aside = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")
     aside.mkdir()
     try:
-        total = _write_rows(aside / "rows.arrow", _encode_chunks(encoder, source.rows(), fatal), encoder, progress)
+        total = _write_rows(aside / "rows.arrow", _encode_chunks(encoder, source.rows(), fatal, num_processes), encoder, progress)
         if not total.num_rows:
             raise UserError(f"{context.at}: no row of {given.name} is left to train on; the first: {next(iter(total.examples.values()))}")
         np.save(aside / "trained.npy", total.trained)
@@ -241,8 +250,10 @@ def _encode_all(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _encode_chunks(encoder: Encoder, rows: Iterable[Row], fatal: frozenset[Fault]) -> Iterator[_Chunk]:
-    return map_chunks(lambda chunk: _encode_chunk(encoder, chunk, fatal), enumerate(rows), chunk_size=ROWS_AT_ONCE)
+def _encode_chunks(encoder: Encoder, rows: Iterable[Row], fatal: frozenset[Fault], num_processes: int | None) -> Iterator[_Chunk]:
+    return map_chunks(
+        lambda chunk: _encode_chunk(encoder, chunk, fatal), enumerate(rows), chunk_size=ROWS_AT_ONCE, num_processes=num_processes
+    )
 
 
 def _encode_chunk(encoder: Encoder, rows: Sequence[tuple[int, Row]], fatal: frozenset[Fault]) -> _Chunk:

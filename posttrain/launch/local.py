@@ -2,7 +2,8 @@
 
 Importing torch, transformers and trl takes 10 to 20 seconds in every process. So one parent, Python's fork server,
 imports them once, and each phase of each stage is a fresh set of processes forked from it in well under a second. The
-parent runs nothing else: it has no CUDA context, and no thread but the allocator's own.
+parent runs nothing else: it has no CUDA context, and no thread but the allocator's own. While a stage trains, one more
+process of the lowest priority prepares the data of stages that come later (`posttrain/ahead.py`).
 """
 
 import os
@@ -10,7 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing import connection, forkserver, get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -22,7 +23,7 @@ from posttrain.artifact import OUTPUT
 from posttrain.error import EXIT_PREEMPTED, Preempted, StageFailed, UserError
 from posttrain.ledger import PREFLIGHT_FILE, Attempt
 from posttrain.progress import Watcher
-from posttrain.worker import ERROR_FILE, Phase, worker
+from posttrain.worker import ERROR_FILE, Phase, work_ahead, worker
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,14 +58,21 @@ def local_launcher(console: "Console") -> Iterator[Callable[[Path, Attempt], Non
             signal.signal(signal.SIGINT, before)
 
     def launch(directory: Path, attempt: Attempt) -> None:
-        with Watcher(directory, attempt.name, console) as watcher:
+        with Watcher(directory, attempt.name, console) as watcher, ExitStack() as background:
             if not (directory / OUTPUT).is_dir():
                 (directory / PREFLIGHT_FILE).unlink(missing_ok=True)  # it tells of the attempt before
                 try:
                     _run_phase(directory, attempt, "prepare", 1, watcher)
                 finally:
                     _tell_summary(directory, console)
-                _run_phase(directory, attempt, "run", attempt.num_processes, watcher)
+                _run_phase(
+                    directory,
+                    attempt,
+                    "run",
+                    attempt.num_processes,
+                    watcher,
+                    started=lambda: background.enter_context(_working_ahead(directory, attempt)),
+                )
             _run_phase(directory, attempt, "verify", 1, watcher)
         if not (directory / ARTIFACT_FILE).is_file():
             raise StageFailed(f"stages.{attempt.name}: ended without an artifact; its logs are in {attempt.logs(directory)}")
@@ -78,7 +86,26 @@ def _tell_summary(directory: Path, console: "Console") -> None:
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _run_phase(directory: Path, attempt: Attempt, phase: Phase, world_size: int, watcher: Watcher) -> None:
+@contextmanager
+def _working_ahead(directory: Path, attempt: Attempt) -> Iterator[None]:
+    """While the block runs, have the data of later stages prepared. What is not done by its end is not waited for."""
+    if not attempt.ahead:
+        yield
+        return
+    process = get_context("forkserver").Process(target=work_ahead, args=(directory,), name=f"{attempt.name}:ahead")
+    started: list[ForkServerProcess] = []
+    try:
+        process.start()
+        started.append(process)
+        yield
+    finally:
+        _stop(started, STOP_WITHIN_S)
+
+
+def _run_phase(
+    directory: Path, attempt: Attempt, phase: Phase, world_size: int, watcher: Watcher, started: Callable[[], None] = lambda: None
+) -> None:
+    """Run a phase on fresh processes to its end. `started` is called once they are forked."""
     context = get_context("forkserver")
     port = str(free_port())
     ranks = []
@@ -92,12 +119,13 @@ def _run_phase(directory: Path, attempt: Attempt, phase: Phase, world_size: int,
             "MASTER_PORT": port,
         }
         ranks.append(context.Process(target=worker, args=(directory, phase, rendezvous), name=f"{attempt.name}:{phase}:{rank}"))
-    started: list[ForkServerProcess] = []
+    running: list[ForkServerProcess] = []
     within_s = STOP_WITHIN_S
     try:
         for process in ranks:
             process.start()
-            started.append(process)
+            running.append(process)
+        started()
         while all(process.exitcode in (None, 0) for process in ranks) and any(process.exitcode is None for process in ranks):
             connection.wait([process.sentinel for process in ranks if process.exitcode is None], timeout=POLL_S)
             watcher.show()
@@ -106,7 +134,7 @@ def _run_phase(directory: Path, attempt: Attempt, phase: Phase, world_size: int,
         raise
     finally:
         # On every way out (a rank that failed, an interrupt, a signal) no process is left behind.
-        stopped = _stop(started, within_s)
+        stopped = _stop(running, within_s)
     _raise_failure(directory, attempt, ranks, stopped)
 
 
