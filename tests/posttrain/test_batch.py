@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.batch import GlobalBatches, count_steps, deal, epoch_order, micro_batch_size
+from posttrain.batch import GlobalBatches, Sizes, count_steps, deal, epoch_order, sized_batches, token_batches
 
 QUICK = settings(max_examples=80, deadline=None)
 
@@ -24,18 +24,31 @@ def stream(num_samples: int, seed: int, length: int) -> list[int]:
     return samples[:length]
 
 
-def lengths_of(num_samples: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(1, 50, num_samples).tolist()
+def lone(lengths: list[int], *, is_padded: bool = False) -> Sizes:
+    """Sizes of samples that are one sequence each."""
+    each = np.array(lengths, dtype=np.int64)
+    return Sizes(each, each, np.ones_like(each), is_padded)
+
+
+def sizes_of(num_samples: int, seed: int = 0) -> Sizes:
+    return lone(np.random.default_rng(seed).integers(1, 50, num_samples).tolist())
+
+
+def cost(samples: list[int], sizes: Sizes) -> int:
+    """Tokens computed for samples at once, by the definition."""
+    if sizes.is_padded:
+        return max(int(sizes.longest[s]) for s in samples) * sum(int(sizes.sequences[s]) for s in samples)
+    return sum(int(sizes.computed[s]) for s in samples)
 
 
 def batches(
-    num_samples: int = 23, *, steps: int = 9, share: int = 4, micro: int = 2, rank: int = 0, world_size: int = 1, seed: int = 0
+    num_samples: int = 23, *, steps: int = 9, share: int = 4, tokens: int = 60, rank: int = 0, world_size: int = 1, seed: int = 0
 ) -> GlobalBatches:
     return GlobalBatches(
-        lengths_of(num_samples),
+        sizes_of(num_samples),
         num_steps=steps,
         global_batch_size=share * world_size,
-        micro_batch_size=micro,
+        micro_batch_tokens=tokens,
         seed=seed,
         rank=rank,
         world_size=world_size,
@@ -75,22 +88,20 @@ def test_the_order_is_the_one_that_earlier_versions_trained_on():
     data=st.data(),
 )
 def test_a_step_learns_from_its_stretch_of_the_stream_on_any_number_of_ranks_and_micro_batches(num_samples, share, world_size, seed, data):
-    micro = data.draw(st.sampled_from([size for size in range(1, share + 1) if share % size == 0]))
+    tokens = data.draw(st.integers(1, 200))
     size, num_steps = share * world_size, 5
     whole = stream(num_samples, seed, num_steps * size)
     ranks = [
-        list(batches(num_samples, steps=num_steps, share=share, micro=micro, rank=rank, world_size=world_size, seed=seed))
+        list(batches(num_samples, steps=num_steps, share=share, tokens=tokens, rank=rank, world_size=world_size, seed=seed))
         for rank in range(world_size)
     ]
-    accumulation = share // micro
     for step in range(num_steps):
-        of_step = [micro_batch for rank in ranks for micro_batch in rank[step * accumulation : (step + 1) * accumulation]]
-        assert all(len(micro_batch) == micro for micro_batch in of_step)
+        of_step = [micro_batch for rank in ranks for micro_batch in rank[step]]
         assert sorted(itertools.chain(*of_step)) == sorted(whole[step * size : (step + 1) * size])
 
 
 def test_a_step_that_ends_an_epoch_is_filled_up_from_the_next():
-    epochs = batches(5, steps=3, share=4, micro=4)
+    epochs = batches(5, steps=3, share=4)
     order = [epoch_order(5, 0, epoch).tolist() for epoch in range(3)]
     assert [epochs.samples(step).tolist() for step in range(3)] == [
         order[0][:4],
@@ -100,13 +111,13 @@ def test_a_step_that_ends_an_epoch_is_filled_up_from_the_next():
 
 
 def test_a_global_batch_may_be_larger_than_the_data():
-    assert sorted(batches(2, share=5, micro=1).samples(0).tolist()) == sorted([0, 1, 0, 1, epoch_order(2, 0, 2).tolist()[0]])
+    assert sorted(batches(2, share=5).samples(0).tolist()) == sorted([0, 1, 0, 1, epoch_order(2, 0, 2).tolist()[0]])
 
 
 def test_steps_can_be_asked_for_in_any_order():
-    asked = batches(7, share=3, micro=1)
+    asked = batches(7, share=3)
     backwards = [asked.samples(step).tolist() for step in (8, 2, 5, 2, 0)]
-    assert backwards == [batches(7, share=3, micro=1).samples(step).tolist() for step in (8, 2, 5, 2, 0)]
+    assert backwards == [batches(7, share=3).samples(step).tolist() for step in (8, 2, 5, 2, 0)]
 
 
 # --- resuming ----------------------------------------------------------------------------------------------------------
@@ -115,24 +126,30 @@ def test_steps_can_be_asked_for_in_any_order():
 @QUICK
 @given(num_samples=st.integers(1, 40), world_size=st.sampled_from([1, 2, 4]), start=st.integers(0, 9), data=st.data())
 def test_a_resumed_run_goes_on_with_exactly_the_micro_batches_that_were_left(num_samples, world_size, start, data):
-    rank, micro = data.draw(st.integers(0, world_size - 1)), data.draw(st.sampled_from([1, 2, 4]))
-    whole = list(batches(num_samples, micro=micro, rank=rank, world_size=world_size))
-    resumed = batches(num_samples, micro=micro, rank=rank, world_size=world_size)
+    rank, tokens = data.draw(st.integers(0, world_size - 1)), data.draw(st.integers(1, 200))
+    whole = list(batches(num_samples, tokens=tokens, rank=rank, world_size=world_size))
+    resumed = batches(num_samples, tokens=tokens, rank=rank, world_size=world_size)
     resumed.start_step = start
-    assert list(resumed) == whole[start * (4 // micro) :]
+    assert list(resumed) == whole[start:]
 
 
 def test_a_run_resumed_on_other_ranks_learns_from_the_same_samples_in_the_same_steps():
-    before = [batches(share=8, micro=4).samples(step).tolist() for step in range(9)]
-    after = [batches(share=2, micro=1, rank=3, world_size=4).samples(step).tolist() for step in range(9)]
+    before = [batches(share=8, tokens=90).samples(step).tolist() for step in range(9)]
+    after = [batches(share=2, tokens=1, rank=3, world_size=4).samples(step).tolist() for step in range(9)]
     assert before == after
 
 
-def test_len_counts_the_micro_batches_of_the_whole_run_wherever_it_starts():
-    counted = batches(steps=9, share=4, micro=2)
-    assert len(counted) == len(list(counted)) == 18
+def test_len_counts_the_steps_of_the_whole_run_wherever_it_starts():
+    counted = batches(steps=9)
+    assert len(counted) == len(list(counted)) == 9
     counted.start_step = 8
-    assert len(counted) == 18 and len(list(counted)) == 2
+    assert len(counted) == 9 and len(list(counted)) == 1
+
+
+def test_how_a_step_is_cut_may_be_decided_until_it_is_asked_for():
+    late = batches(tokens=1)
+    late.sizes, late.micro_batch_tokens = lone([7] * 23, is_padded=True), 14
+    assert all(len(micro_batch) == 2 for step in late for micro_batch in step)
 
 
 def test_iterating_twice_gives_the_same_twice():
@@ -140,9 +157,9 @@ def test_iterating_twice_gives_the_same_twice():
     assert list(twice) == list(twice)
 
 
-def test_what_does_not_divide_is_refused():
-    with pytest.raises(AssertionError, match="divide the global batch"):
-        batches(share=4, micro=3)
+def test_a_rank_without_a_sample_is_refused():
+    with pytest.raises(AssertionError, match="every rank must have a sample"):
+        GlobalBatches(sizes_of(5), num_steps=1, global_batch_size=3, micro_batch_tokens=9, seed=0, rank=0, world_size=4)
 
 
 # --- steps and sizes ---------------------------------------------------------------------------------------------------
@@ -172,37 +189,105 @@ def test_steps_are_counted_as_exact_arithmetic_would(num_samples, tenths, size):
     assert count_steps(num_samples, tenths / 10, size) == math.ceil(Fraction(num_samples * tenths, 10) / size)
 
 
-@given(share=st.integers(1, 200), at_most=st.integers(1, 200))
-def test_a_micro_batch_is_the_largest_that_fits_and_divides(share, at_most):
-    size = micro_batch_size(share, at_most)
-    assert share % size == 0 and size <= at_most
-    assert not any(share % larger == 0 for larger in range(size + 1, min(share, at_most) + 1))
-
-
-def test_tokens_of_a_step_are_those_of_all_ranks():
-    lengths = lengths_of(23)
-    for world_size in (1, 2, 4):
-        step = batches(share=8 // world_size, micro=1, world_size=world_size)
-        assert step.num_tokens(3) == sum(lengths[sample] for sample in stream(23, 0, 32)[24:])
-
-
 # --- dealing out -------------------------------------------------------------------------------------------------------
 
+LENGTHS = [3, 9, 1, 7, 7, 2, 8, 5]
+SAMPLES = [10, 11, 12, 13, 14, 15, 16, 17]
+# by length: 11 (9), 16 (8), 13 (7), 14 (7), 17 (5), 10 (3), 15 (2), 12 (1); 42 tokens in all
 
-def test_a_batch_is_dealt_as_here_by_hand():
-    samples, lengths = [10, 11, 12, 13, 14, 15, 16, 17], [3, 9, 1, 7, 7, 2, 8, 5]
-    # by length: 11 (9), 16 (8), 13 (7), 14 (7), 17 (5), 10 (3), 15 (2), 12 (1)
-    assert deal(samples, lengths, 2, 2) == [[[11, 16], [17, 10]], [[13, 14], [15, 12]]]
-    assert deal(samples, lengths, 2, 1) == [[[11, 16], [13, 14], [17, 10], [15, 12]]]
-    assert deal(samples, lengths, 1, 4) == [[[11], [17]], [[16], [10]], [[13], [15]], [[14], [12]]]
+
+def test_packed_samples_are_dealt_by_their_tokens_as_here_by_hand():
+    packed = lone(LENGTHS)
+    # Three parts of at most 20 are the fewest, and 17 is the least that suffices for three.
+    assert deal(SAMPLES, packed, 20, 1) == [[[11, 16], [13, 14], [17, 10, 15, 12]]]
+    # Two ranks need an even number: four parts, of at most 14.
+    assert deal(SAMPLES, packed, 20, 2) == [[[11], [13, 14]], [[16], [17, 10, 15, 12]]]
+    assert deal(SAMPLES, packed, 1000, 1) == [[[11, 16, 13, 14, 17, 10, 15, 12]]]
+    assert deal(SAMPLES, packed, 1, 4) == [[[11], [17]], [[16], [10]], [[13], [15]], [[14], [12]]]
+
+
+def test_padded_samples_are_dealt_by_what_they_are_filled_up_to_as_here_by_hand():
+    padded = lone(LENGTHS, is_padded=True)
+    # In three parts of at most 27, whose largest is least: 2 x 9, 2 x 7 and 4 x 5.
+    assert deal(SAMPLES, padded, 27, 1) == [[[11, 16], [13, 14], [17, 10, 15, 12]]]
+    # Four parts for two ranks, whose largest is least: 9, 2 x 8, 2 x 7 and 3 x 3.
+    assert deal(SAMPLES, padded, 19, 2) == [[[11], [14, 17]], [[16, 13], [10, 15, 12]]]
+    assert deal(SAMPLES, padded, 8 * 9, 1) == [[[11, 16, 13, 14, 17, 10, 15, 12]]]
+
+
+def test_a_pair_costs_two_rows_where_it_is_padded_and_its_prompt_once_where_it_is_shared():
+    longest, sequences = np.array([10, 6]), np.array([2, 2])
+    padded = Sizes(longest, np.array([18, 11]), sequences, is_padded=True)
+    assert len(deal([0, 1], padded, 40, 1)[0]) == 1
+    assert len(deal([0, 1], padded, 39, 1)[0]) == 2
+    shared = Sizes(longest, np.array([12, 8]), sequences)
+    assert len(deal([0, 1], shared, 20, 1)[0]) == 1
+    assert len(deal([0, 1], shared, 19, 1)[0]) == 2
+
+
+@st.composite
+def some_sizes(draw: st.DrawFn, at_least: int = 1, at_most: int = 24) -> Sizes:
+    """Samples of one to three sequences."""
+    n = draw(st.integers(at_least, at_most))
+    longest = np.array(draw(st.lists(st.integers(1, 40), min_size=n, max_size=n)))
+    sequences = np.array(draw(st.lists(st.integers(1, 3), min_size=n, max_size=n)))
+    share = np.array(draw(st.lists(st.floats(0, 1), min_size=n, max_size=n)))
+    computed = longest + (share * longest * (sequences - 1)).astype(np.int64)
+    return Sizes(longest, computed, sequences, draw(st.booleans()))
+
+
+def fewest(sizes: Sizes, order: list[int], budget: int) -> int:
+    """Parts that samples in this order need if each is as long as the budget allows: the reference."""
+    parts, held = 1, [order[0]]
+    for sample in order[1:]:
+        if cost([*held, sample], sizes) > budget:
+            parts, held = parts + 1, []
+        held.append(sample)
+    return parts
 
 
 @QUICK
-@given(share=st.sampled_from([1, 2, 4, 6]), world_size=st.sampled_from([1, 2, 4]), data=st.data())
-def test_the_longest_come_first_and_neighbours_in_length_work_at_the_same_time(share, world_size, data):
-    micro = data.draw(st.sampled_from([size for size in range(1, share + 1) if share % size == 0]))
-    lengths = data.draw(st.lists(st.integers(1, 9), min_size=share * world_size, max_size=share * world_size))
-    dealt = deal(range(len(lengths)), lengths, micro, world_size)
-    in_time = [sample for step in zip(*dealt, strict=True) for micro_batch in step for sample in micro_batch]
-    assert sorted(in_time) == list(range(len(lengths)))
-    assert [lengths[sample] for sample in in_time] == sorted(lengths, reverse=True)
+@given(data=st.data(), world_size=st.sampled_from([1, 2, 3, 4]), budget=st.integers(1, 400))
+def test_whatever_is_dealt_is_whole_even_sorted_and_within_the_budget(data, world_size, budget):
+    sizes = data.draw(some_sizes(at_least=world_size))
+    dealt = deal(range(len(sizes)), sizes, budget, world_size)
+    assert len(dealt) == world_size and len({len(rank) for rank in dealt}) == 1, "ranks wait for each other at every micro-step"
+    in_time = [micro_batch for step in zip(*dealt, strict=True) for micro_batch in step]
+    assert all(in_time)
+    order = list(itertools.chain(*in_time))
+    assert sorted(order) == list(range(len(sizes))), "every sample once"
+    assert [int(sizes.longest[s]) for s in order] == sorted(sizes.longest.tolist(), reverse=True), "the longest first"
+    most = len(sizes) // world_size * world_size
+    wanted = min(math.ceil(fewest(sizes, order, budget) / world_size) * world_size, most)
+    assert len(in_time) == wanted, "as few as every rank can have equally many of"
+    for micro_batch in in_time:
+        # Beyond the budget is only a sample by itself, or what cannot be cut without leaving a rank with less.
+        assert len(micro_batch) == 1 or cost(micro_batch, sizes) <= budget or fewest(sizes, order, budget) > most
+
+
+@QUICK
+@given(data=st.data(), budget=st.integers(1, 400))
+def test_on_one_rank_nothing_goes_over_the_budget_but_a_sample_by_itself_and_costs_are_even(data, budget):
+    sizes = data.draw(some_sizes())
+    (micro_batches,) = deal(range(len(sizes)), sizes, budget, 1)
+    order = list(itertools.chain(*micro_batches))
+    worst = max(cost(micro_batch, sizes) for micro_batch in micro_batches)
+    assert all(len(micro_batch) == 1 or cost(micro_batch, sizes) <= budget for micro_batch in micro_batches)
+    heaviest = max(cost([sample], sizes) for sample in order)
+    assert worst == heaviest or fewest(sizes, order, worst - 1) > len(micro_batches), "no smaller largest one would do"
+
+
+@QUICK
+@given(data=st.data(), budget=st.integers(1, 400))
+def test_sized_batches_hold_all_once_the_longest_first_within_the_budget(data, budget):
+    sizes = data.draw(some_sizes())
+    found = list(sized_batches(sizes, budget))
+    order = list(itertools.chain(*found))
+    assert sorted(order) == list(range(len(sizes)))
+    assert [int(sizes.longest[s]) for s in order] == sorted(sizes.longest.tolist(), reverse=True)
+    assert all(len(batch) == 1 or cost(batch, sizes) <= budget for batch in found)
+    assert len(found) == fewest(sizes, order, budget)
+
+
+def test_of_nothing_there_are_no_batches():
+    assert list(token_batches([], 10)) == []

@@ -85,12 +85,15 @@ def test_its_figures_are_those_of_the_samples_and_five_lines_say_them(run, tmp_p
 
 
 def test_padding_is_what_batches_of_like_lengths_need(run, tmp_path):
-    lone = run(CLEAN, "stages.sft.per_device_train_batch_size=1")
+    padded = "stages.sft.layout=padded"
+    lone = run(CLEAN, padded, "stages.sft.micro_batch_tokens=1")
     assert lone.code == 0 and report(tmp_path)["shares"]["padding"] == 0
-    ended = run([("a?", "b"), ("c?", "d " * 50)] * 1, "run=r2", "stages.sft.preflight.padding=0.2")
+    unlike = [("a?", "b"), ("c?", "d " * 50)]
+    ended = run(unlike, "run=r2", padded, "stages.sft.preflight.padding=0.2")
     lengths = [len(sample["input_ids"]) for sample in read_samples(tmp_path / "runs" / "r2" / "sft")]
     share = 1 - sum(lengths) / (2 * max(lengths))
-    assert refused(ended).startswith(f"error: stages.sft: {share:.0%} of what a step computes is padding, over 20%; lower")
+    assert refused(ended).startswith(f"error: stages.sft: {share:.0%} of what a step computes is padding, over 20%; set stages.sft.layout")
+    assert run(unlike, "run=r3", "stages.sft.preflight.padding=0").code == 0, "no row is filled up unless the config asks for it"
 
 
 def test_duplicates_are_refused_with_the_row_that_they_repeat(run, tmp_path):

@@ -10,8 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from posttrain.batch import epoch_order
-from stages.dpo import LossType
+from posttrain.stage import StageContext
+from stages.dpo import STAGE, DPOConfig, LossType
 from tests.conftest import Ended, read_lines, read_samples
+from tests.posttrain.test_reference import dpo_context, policy_of
 
 Cli = Callable[..., Ended]
 FROM_BASE = ("stages.dpo.inputs.policy=base",)
@@ -88,7 +90,21 @@ def test_the_first_loss_is_ln_2_since_the_reference_is_the_input_policy(
     assert losses(stage)[-1] != pytest.approx(math.log(2), abs=1e-5), "it did not train"
 
 
-@pytest.mark.parametrize("overrides", [("launcher.num_processes=2",), ("stages.dpo.per_device_train_batch_size=1",), ZERO3])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("launcher.num_processes=2",),
+        ("stages.dpo.micro_batch_tokens=1",),
+        ("stages.dpo.layout=padded", "stages.dpo.micro_batch_tokens=300"),
+        ("stages.dpo.layout=packed", "stages.dpo.micro_batch_tokens=300"),
+        ("stages.dpo.layout=shared", "stages.dpo.micro_batch_tokens=300"),
+        ("stages.dpo.layout=shared", "launcher.num_processes=2", "stages.dpo.micro_batch_tokens=100"),
+        ("stages.dpo.gradient_checkpointing=true",),
+        ("launcher.num_processes=2", "stages.dpo.deepspeed=ds_configs/zero2.json"),
+        ZERO3,
+    ],
+    ids=lambda overrides: " ".join(Path(o.rpartition(".")[2] if not o.endswith("json") else o).stem for o in overrides),
+)
 def test_ranks_and_micro_batches_change_no_loss(posttrain: Cli, pipeline_file: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     plain = run(posttrain, pipeline_file, tmp_path / "plain", *CONSTANT, *FROM_BASE)
     other = run(posttrain, pipeline_file, tmp_path / "other", *CONSTANT, *FROM_BASE, *overrides)
@@ -107,6 +123,104 @@ def test_every_loss_type_of_trl_trains(posttrain: Cli, pipeline_file: Path, tmp_
         "stages.dpo.max_steps=2",
     )
     assert all(math.isfinite(loss) for loss in losses(stage))
+
+
+# --- against TRL -------------------------------------------------------------------------------------------------------
+
+SETTINGS: dict[str, Any] = {
+    "beta": 0.3,
+    "label_smoothing": 0.1,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "max_steps": 2,
+    "weight_decay": 0.01,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: {"loss_type": [name]} for name in get_args(LossType)},
+    "sum": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "weighted": {"loss_type": ["sigmoid"], "trainer": {"use_weighting": True}},
+    "length-desensitized": {"loss_type": ["sigmoid"], "trainer": {"ld_alpha": 0.4}},
+    "js": {"loss_type": ["sigmoid"], "trainer": {"f_divergence_type": "js_divergence"}},
+}
+COMPARED = (
+    "loss",
+    "grad_norm",
+    "entropy",
+    "mean_token_accuracy",
+    *(f"{name}/{side}" for name in ("rewards", "logps", "logits") for side in ("chosen", "rejected")),
+)
+"""What both log; the last steps' differ by the rounding that AdamW makes of a gradient near zero."""
+
+
+def trained_by_us(root: Path, policy: Path, pairs: Path, **fields: Any) -> tuple[StageContext[DPOConfig], list[dict[str, float]]]:
+    """Run the stage in this process; what it logged of each step."""
+    context = dpo_context(root, policy, pairs, **{**SETTINGS, **fields})
+    assert STAGE.prepare is not None
+    STAGE.prepare(context)
+    STAGE.run(context)
+    return context, read_lines(context.directory / "metrics.jsonl")
+
+
+def trained_by_trl(context: StageContext[DPOConfig], directory: Path, **fields: Any) -> list[dict[str, float]]:
+    """TRL's own trainer on the same tokens in the same order: padded, its own fused head, its own reference."""
+    import copy
+
+    from datasets import Dataset
+    from trl import DPOConfig as TrainerConfig
+    from trl import DPOTrainer
+
+    class Trainer(DPOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # tokens already
+
+    model, tokenizer = policy_of(context)
+    rows = [{key: row[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in read_samples(context.directory)]
+    arguments = TrainerConfig(
+        output_dir=str(directory),
+        per_device_train_batch_size=8,
+        gradient_checkpointing=False,
+        train_sampling_strategy="sequential",
+        max_length=None,
+        bf16=False,
+        use_cpu=True,
+        optim="adamw_torch",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        **{**SETTINGS, **{name: value for name, value in fields.items() if name != "trainer"}, **fields.get("trainer", {})},
+    )
+    trainer: Any = Trainer(
+        model=model,
+        ref_model=copy.deepcopy(model),
+        args=arguments,
+        train_dataset=Dataset.from_list([rows[int(row)] for row in epoch_order(len(rows), 0, 0)]),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_logged_alike(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert len(found) == len(expected) == 2
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in COMPARED:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_gradient_and_metrics_are_those_of_trls_own_trainer(tmp_path: Path, tiny: Path, pairs_file: Path, variant: str) -> None:
+    context, found = trained_by_us(tmp_path, tiny, pairs_file, micro_batch_tokens=100_000, **VARIANTS[variant])
+    assert_logged_alike(found, trained_by_trl(context, tmp_path / "trl", **VARIANTS[variant]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_cut_into_micro_batches_learns_what_a_whole_one_does(tmp_path: Path, tiny: Path, pairs_file: Path, variant: str) -> None:
+    _, whole = trained_by_us(tmp_path / "whole", tiny, pairs_file, micro_batch_tokens=100_000, **VARIANTS[variant])
+    _, cut = trained_by_us(tmp_path / "cut", tiny, pairs_file, micro_batch_tokens=200, **VARIANTS[variant])
+    assert_logged_alike(cut, whole)
 
 
 def test_the_list_of_loss_types_is_that_of_trl() -> None:

@@ -83,13 +83,17 @@ def test_losses_equal_those_of_a_plain_loop(one_process: Path, tiny: Path) -> No
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("stages.sft.per_device_train_batch_size=1",),
-        ("stages.sft.packing=true",),
+        ("stages.sft.micro_batch_tokens=1",),
+        ("stages.sft.micro_batch_tokens=200", "stages.sft.layout=packed"),
+        ("stages.sft.layout=padded",),
+        ("stages.sft.layout=padded", "stages.sft.micro_batch_tokens=150"),
+        ("stages.sft.attn_implementation=eager",),
         ("stages.sft.gradient_checkpointing=true",),
         ("launcher.num_processes=2",),
-        ("launcher.num_processes=2", "stages.sft.per_device_train_batch_size=2"),
+        ("launcher.num_processes=2", "stages.sft.micro_batch_tokens=150"),
+        ("launcher.num_processes=2", "stages.sft.layout=padded"),
         ("launcher.num_processes=2", "stages.sft.deepspeed=ds_configs/zero1.json"),
-        ("launcher.num_processes=2", "stages.sft.deepspeed=ds_configs/zero2.json", "stages.sft.per_device_train_batch_size=2"),
+        ("launcher.num_processes=2", "stages.sft.deepspeed=ds_configs/zero2.json", "stages.sft.micro_batch_tokens=150"),
         ("launcher.num_processes=2", "stages.sft.deepspeed=ds_configs/zero3.json"),
         ("launcher.num_processes=2", "stages.sft.deepspeed=ds_configs/zero3_offload.json"),
     ],
@@ -111,11 +115,11 @@ def test_where_and_how_fast_it_trains_changes_no_loss(
 
 
 def test_a_position_whose_target_is_masked_gets_exactly_no_gradient(one_process: Path, tiny: Path) -> None:
-    from trl.trainer.utils import add_fused_lm_head
+    from posttrain.forward import attach
 
     row = read_samples(one_process)[0]
     model = start_model(tiny, one_process / "output")
-    add_fused_lm_head(model)
+    attach(model)
     seen: list[torch.Tensor] = []
 
     def keep(_: Any, __: Any, output: Any) -> None:
@@ -124,7 +128,7 @@ def test_a_position_whose_target_is_masked_gets_exactly_no_gradient(one_process:
 
     model.model.register_forward_hook(keep)
     labels = torch.tensor([row["labels"]])
-    model(input_ids=torch.tensor([row["input_ids"]]), labels=labels, fused_lm_head=True).loss.backward()
+    model(input_ids=torch.tensor([row["input_ids"]]), labels=labels, fused_lm_head=True).log_probs.sum().backward()
     gradient = seen[0].grad[0].abs().sum(dim=-1)
     trained = labels[0, 1:] != -100
     assert bool((gradient[:-1][~trained] == 0).all())

@@ -81,11 +81,32 @@ def test_what_is_prepared_is_found_in_order_with_its_numbers(tmp_path, chat):
     assert made == Prepared(made.path, 3, 3, sum(lengths), 4 + 6 + 3, {}, {}, 0, None, [said], ["input_ids", "labels"])
     rows = made.load()
     expected = [encoder.encode(row) for row in open_source(chat.data, "chat").rows()]
-    assert list(rows["length"]) == lengths == made.column("length").tolist()
-    assert [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows] == [sample.columns for sample in expected]
+    assert list(rows) == [sample.columns for sample in expected], "to train on, nothing but what the encoder gives"
+    assert made.column("length").tolist() == lengths == made.num_listed("input_ids").tolist()
+    assert made.column("num_trained").tolist() == [len(sample.targets) for sample in expected]
+    assert [row["origin"] for row in made.samples] == [f"{tmp_path / 'chat.jsonl'}:{line}" for line in (1, 2, 3)]
     assert made.column("is_cut").tolist() == [False, True, False] == made.column("is_unstopped").tolist()
     counted = Counter(token for sample in expected for token in sample.targets)
     assert {token: int(count) for token, count in enumerate(made.num_trained_by_token()) if count} == counted
+
+
+def test_what_a_sample_costs_is_counted_in_every_layout(tmp_path, chat):
+    alone = prepare(context_in(tmp_path), chat, encoder_of(conversation_encoder))
+    lengths = [len(row["input_ids"]) for row in alone.load()]
+    for layout in ("padded", "packed", "shared"):
+        sizes = alone.sizes(layout)
+        assert sizes.longest.tolist() == sizes.computed.tolist() == lengths
+        assert sizes.sequences.tolist() == [1, 1, 1] and sizes.is_padded == (layout == "padded")
+    rows = [("hi", "good", "no"), ("hello there", "a", "longer answer")]
+    data = given(write(tmp_path / "p.jsonl", *({"prompt": p, "chosen": a, "rejected": b} for p, a, b in rows)))
+    pairs = prepare(context_in(tmp_path), data, encoder_of(pair_encoder))
+    parts = [tuple(len(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")) for row in pairs.load()]
+    assert pairs.num_listed("rejected_ids").tolist() == [rejected for _, _, rejected in parts]
+    for layout in ("padded", "packed", "shared"):
+        sizes = pairs.sizes(layout)
+        assert sizes.longest.tolist() == [prompt + max(chosen, rejected) for prompt, chosen, rejected in parts]
+        assert sizes.computed.tolist() == [prompt * (1 if layout == "shared" else 2) + a + b for prompt, a, b in parts]
+        assert sizes.sequences.tolist() == [2, 2] and sizes.is_padded == (layout == "padded")
 
 
 def test_rows_left_out_are_counted_by_fault_with_the_first_of_each(tmp_path):
@@ -238,7 +259,7 @@ def real_encoder(stories: Path, kind: Callable[..., Encoder]) -> Encoder:
 def test_real_conversations_are_prepared_with_right_numbers(tmp_path, shared, stories):
     data = given(str(shared / "data" / "llamafactory_demo" / "alpaca_en_demo.json"), max_samples=400)
     made = prepare(context_in(tmp_path), data, real_encoder(stories, conversation_encoder))
-    columns = made.load()[:]
+    columns = made.samples[:]
     rows = list(zip(columns["input_ids"], columns["labels"], strict=True))
     assert made.num_rows == len(rows) == 400 - sum(made.left_out.values())
     assert made.num_tokens == sum(len(ids) for ids, _ in rows) == sum(columns["length"])
@@ -253,7 +274,7 @@ def test_real_conversations_are_prepared_with_right_numbers(tmp_path, shared, st
 def test_real_pairs_are_prepared_with_right_numbers(tmp_path, shared, stories):
     data = given(str(shared / "data" / "llamafactory_demo" / "dpo_en_demo.json"), max_samples=100)
     made = prepare(context_in(tmp_path), data, real_encoder(stories, pair_encoder))
-    rows = made.load()
+    rows = made.samples
     assert made.num_rows == len(rows) == 100 - sum(made.left_out.values()) > 0
     for row in rows:
         longest = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
