@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from trl.trainer.utils import FusedCausalLMOutput
 
 from posttrain.batch import GlobalBatches, count_steps
 from posttrain.chat import ChatContract
@@ -245,12 +246,16 @@ class OurOrder(Trainer):
     A stage's trainer says of its samples what groups they are, and what TRL's loss wants to know of them.
     """
 
+    is_coupled = False
+    """Whether the loss compares samples with one another, so that it is no mean over micro-batches."""
     layouts: tuple[Layout, ...]
     """Layouts that the samples can be computed in, beside padded rows, the best first."""
     prepared: Prepared
     batches: GlobalBatches
     layout: Layout
     pad: int
+    aux_loss_enabled: bool
+    router_aux_loss_coef: float
     samples: Any
     """The data set itself, rows by number."""
     _metrics: Any
@@ -276,6 +281,10 @@ class OurOrder(Trainer):
         """By how much a micro-batch counts in each metric; `` is for those that are not named."""
         raise NotImplementedError
 
+    def join(self, parts: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Micro-batches, each as what TRL's loss is given and what its model answers, as one; needed where the loss is coupled."""
+        raise NotImplementedError
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The steps of this rank, each a list of micro-batches; accelerate must not shard them again."""
         steps: Any = _MicroBatches(self)
@@ -298,6 +307,8 @@ class OurOrder(Trainer):
         if num_items is not None:
             num_items_in_batch = torch.tensor(num_items, device=self.args.device)
         self.current_gradient_accumulation_steps = len(micro_batches)
+        if self.is_coupled:
+            return self._coupled_step(model, micro_batches)
         is_deepspeed = self.is_deepspeed_enabled
         total = torch.zeros((), device=self.args.device)
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -315,6 +326,62 @@ class OurOrder(Trainer):
             total += loss.detach()
         self._metrics["train"] = {name: [value] for name, value in self._over_ranks(sums).items()}
         return total
+
+    def _coupled_step(self, model: Any, micro_batches: list[dict[str, Any]]) -> torch.Tensor:
+        """A step whose loss is one of the whole global batch: forward without gradient, the loss, and forward and backward again.
+
+        The loss is computed by every rank on the log-probabilities of all; its gradient by them is what the second forward pass
+        goes back with (gradient caching: Gao et al., 2021, arXiv 2101.06983). A third more work than a loss that is a mean.
+        """
+        calls: list[dict[str, Any]] = []
+        outputs: list[FusedCausalLMOutput] = []
+
+        def record(**call: Any) -> Any:
+            calls.append(call)
+            outputs.append(model(**call))
+            return outputs[-1]
+
+        compute_loss: Any = self.compute_loss
+        weights = [self.weights(batch) for batch in micro_batches]
+        held = [to_device(batch, self.args.device) for batch in micro_batches]
+        with torch.no_grad():
+            for batch, weight in zip(held, weights, strict=True):
+                with self._alone(weight, defaultdict(lambda: [0.0, 0.0])), self.compute_loss_context_manager():
+                    compute_loss(record, batch)
+        mine = [
+            ({name: value for name, value in batch.items() if name != "laid"}, dict(output))
+            for batch, output in zip(held, outputs, strict=True)
+        ]
+        parts = self._from_ranks(mine)
+        log_probs = [found["log_probs"].detach().requires_grad_() for _, found in parts]
+        whole, found = self.join([(batch, {**found, "log_probs": leaf}) for (batch, found), leaf in zip(parts, log_probs, strict=True)])
+        output = FusedCausalLMOutput(**found)
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        with self._alone({"": 1.0}, sums):
+            loss: Any = compute_loss(lambda **_: output, whole)
+        self._metrics["train"] = {name: [value] for name, (value, _) in sums.items()}
+        world_size, rank = self.batches.world_size, self.batches.rank
+        gradients = torch.autograd.grad(loss, log_probs)[rank * len(mine) : (rank + 1) * len(mine)]
+        for number, (call, gradient, weight) in enumerate(zip(calls, gradients, weights, strict=True)):
+            is_last = number == len(calls) - 1
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
+            with nullcontext() if is_last or self.is_deepspeed_enabled else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    again = model(**call)
+                part = (again.log_probs * gradient).sum()
+                if self.aux_loss_enabled:
+                    part = part + self.router_aux_loss_coef * again.aux_loss * (weight[""] / self.batches.global_batch_size)
+                self.accelerator.backward(part * world_size, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
+        return loss.detach()  # type: ignore[no-any-return]
+
+    def _from_ranks(self, mine: list[Any]) -> list[Any]:
+        """The entries of all ranks, in the order of ranks, on this one's device; every rank has equally many."""
+        if self.batches.world_size == 1:
+            return mine
+        every: list[Any] = [None] * self.batches.world_size
+        dist.all_gather_object(every, to_device(mine, torch.device("cpu")))
+        flat: list[Any] = to_device([each for part in every for each in part], self.args.device)
+        return flat
 
     @contextmanager
     def _alone(self, weights: dict[str, float], sums: dict[str, list[float]]) -> Iterator[None]:

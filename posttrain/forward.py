@@ -186,12 +186,14 @@ def to_batch(groups: Sequence[Group], layout: Layout, pad: int) -> dict[str, Any
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Tensors in dicts and lists, moved."""
+    """Tensors in dicts, lists and tuples, moved."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
         return {name: to_device(each, device) for name, each in value.items()}
-    return [to_device(each, device) for each in value]
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(each, device) for each in value)
+    return value
 
 
 class Scorer:

@@ -112,6 +112,29 @@ def weigh_pairs(batch: dict[str, Any]) -> dict[str, float]:
     return {"": len(batch["completion_mask"]) / 2, **tokens}
 
 
+def join_pairs(parts: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Micro-batches of pairs and what a model answered, as one of each: all chosen answers first, then all rejected ones.
+
+    Tensors `(2B, L)` are filled up to the longest on the right; those `(B,)` are of pairs; an auxiliary loss is a mean over pairs.
+    """
+    batches, outputs = zip(*parts, strict=True)
+    sizes = torch.tensor([len(batch["ref_chosen_logps"]) for batch in batches], dtype=torch.float32)
+
+    def join(values: list[Any]) -> Any:
+        if values[0] is None:
+            return None
+        if values[0].ndim == 0:
+            return (torch.stack([value.detach().float() for value in values]) * sizes.to(values[0].device)).sum() / sizes.sum()
+        if values[0].ndim == 1:
+            return torch.cat(values)
+        width = max(value.shape[1] for value in values)
+        filled = [torch.nn.functional.pad(value, (0, width - value.shape[1])) for value in values]
+        return torch.cat([half for side in (0, 1) for half in (value.chunk(2)[side] for value in filled)])
+
+    whole = {name: join([batch[name] for batch in batches]) for name in batches[0]}
+    return whole, {name: join([output.get(name) for output in outputs]) for name in outputs[0]}
+
+
 def compute_reference(context: StageContext[Any], reference: Reference, trainer: Any) -> None:
     """Compute what is not there, under the trainer's model before it is trained. All ranks call it.
 

@@ -64,7 +64,8 @@ def settle(
     kept = disk.read_json(path) if is_resuming else None
     if kept is not None and config.layout in ("auto", kept["layout"]) and config.micro_batch_tokens in (None, kept["micro_batch_tokens"]):
         exact_layouts(call, model, [kept["layout"]], longest)
-        return _apply(Settled(**{**kept, "why": ["as before it was cut off"]}), model)
+        recompute = kept["recompute"] and config.gradient_checkpointing is None
+        return _apply(Settled(kept["layout"], kept["micro_batch_tokens"], recompute, ["as before it was cut off"]), model)
     wanted = [config.layout] if config.layout != "auto" else list(layouts)
     exact, reason = exact_layouts(call, model, wanted, longest)
     why = [reason] if reason else []

@@ -21,6 +21,10 @@ LossType = Literal[
 ]  # fmt: skip
 
 
+COUPLED = {"aot", "aot_unpaired", "sft"}
+"""Losses that are no mean over pairs: two sort the pairs of a batch, one is a mean over all its tokens."""
+
+
 class DPOConfig(TrainingConfig):
     """What DPO learns, and how."""
 
@@ -74,10 +78,11 @@ def run(context: StageContext[DPOConfig]) -> dict[str, float]:
     from posttrain.forward import attach
     from posttrain.layout import pair_group
     from posttrain.models import probe_rows
-    from posttrain.reference import add_reference, compute_reference, read_reference, weigh_pairs
+    from posttrain.reference import add_reference, compute_reference, join_pairs, read_reference, weigh_pairs
 
     class Trainer(OurOrder, DPOTrainer):
         layouts = ("shared", "packed")
+        is_coupled = not COUPLED.isdisjoint(context.config.loss_type)
 
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset  # prepared before any process group existed
@@ -94,6 +99,9 @@ def run(context: StageContext[DPOConfig]) -> dict[str, float]:
 
         def complete(self, batch: dict[str, Any], samples: Any) -> dict[str, Any]:
             return add_reference(batch, [reference[sample] for sample in samples], self.ld_alpha)
+
+        def join(self, parts: Any) -> Any:
+            return join_pairs(parts)
 
         def weights(self, batch: dict[str, Any]) -> dict[str, float]:
             return weigh_pairs(batch)
