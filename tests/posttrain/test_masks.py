@@ -777,7 +777,7 @@ def talks(draw: Callable[[Any], Any], of: Policy, form: Form) -> tuple[list[Mess
 
 def must_be_refused(of: Policy, form: Form, messages: list[Message]) -> str:
     """Why the row must be refused, if it must."""
-    known = {of.stop, "</s>", *control_tokens(of.contract.template)}
+    known = {of.stop, "<s>", "</s>", *control_tokens(of.contract.template)}
     if any(token in message["content"] for token in known for message in messages):
         return "which is a control token"
     if messages[0]["role"] == "system" and not form.has_system:
