@@ -309,20 +309,17 @@ class OurOrder(Trainer):
         self.current_gradient_accumulation_steps = len(micro_batches)
         if self.is_coupled:
             return self._coupled_step(model, micro_batches)
-        is_deepspeed = self.is_deepspeed_enabled
         total = torch.zeros((), device=self.args.device)
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for number, batch in enumerate(micro_batches):
-            is_last = number == len(micro_batches) - 1
-            self.accelerator.gradient_state._set_sync_gradients(is_last)
             weights = self.weights(batch)
-            with nullcontext() if is_last or is_deepspeed else self.accelerator.no_sync(model):
+            with self._accumulating(model, is_last=number == len(micro_batches) - 1):
                 with self._alone(weights, sums), self.compute_loss_context_manager():
                     loss: Any = self.compute_loss(model, to_device(batch, self.args.device), num_items_in_batch=num_items_in_batch)
                 if num_items is None:
                     # A mean over the samples of this micro-batch; ranks' gradients are averaged.
                     loss = loss * (weights[""] * self.batches.world_size / self.batches.global_batch_size)
-                self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_deepspeed else {}))
+                self._backward(loss)
             total += loss.detach()
         self._metrics["train"] = {name: [value] for name, value in self._over_ranks(sums).items()}
         return total
@@ -363,16 +360,24 @@ class OurOrder(Trainer):
         world_size, rank = self.batches.world_size, self.batches.rank
         gradients = torch.autograd.grad(loss, log_probs)[rank * len(mine) : (rank + 1) * len(mine)]
         for number, (call, gradient, weight) in enumerate(zip(calls, gradients, weights, strict=True)):
-            is_last = number == len(calls) - 1
-            self.accelerator.gradient_state._set_sync_gradients(is_last)
-            with nullcontext() if is_last or self.is_deepspeed_enabled else self.accelerator.no_sync(model):
+            with self._accumulating(model, is_last=number == len(calls) - 1):
                 with self.compute_loss_context_manager():
                     again = model(**call)
                 part = (again.log_probs * gradient).sum()
                 if self.aux_loss_enabled:
                     part = part + self.router_aux_loss_coef * again.aux_loss * (weight[""] / self.batches.global_batch_size)
-                self.accelerator.backward(part * world_size, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
+                self._backward(part * world_size)
         return loss.detach()  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _accumulating(self, model: Any, *, is_last: bool) -> Iterator[None]:
+        """Let a micro-batch's gradients be added up here, and be summed over ranks with those of the last one."""
+        self.accelerator.gradient_state._set_sync_gradients(is_last)
+        with nullcontext() if is_last or self.is_deepspeed_enabled else self.accelerator.no_sync(model):
+            yield
+
+    def _backward(self, loss: Any) -> None:
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
 
     def _from_ranks(self, mine: list[Any]) -> list[Any]:
         """The entries of all ranks, in the order of ranks, on this one's device; every rank has equally many."""
@@ -405,7 +410,7 @@ class OurOrder(Trainer):
 
     def _over_ranks(self, sums: dict[str, list[float]]) -> dict[str, float]:
         names = sorted(sums)
-        table = torch.tensor([sums[name] for name in names], dtype=torch.float32 if self.args.device.type == "mps" else torch.float64)
+        table = torch.tensor([sums[name] for name in names], dtype=torch.float64)
         if dist.is_initialized() and dist.get_world_size() > 1:
             table = table.to(self.args.device)
             dist.all_reduce(table)
@@ -438,6 +443,15 @@ class _MicroBatches(Dataset[dict[str, Any]]):
     def __getitem__(self, samples: Any) -> dict[str, Any]:
         batch = to_batch(self.trainer.groups(samples), self.trainer.layout, self.trainer.pad)
         return self.trainer.complete(batch, samples)
+
+
+def any_rank(is_so: bool) -> bool:
+    """Whether it is so on any rank. All ranks call it."""
+    if not dist.is_initialized():
+        return is_so
+    flag = torch.tensor([int(is_so)], device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
 
 
 def bare_model(model: Any) -> PreTrainedModel:
@@ -517,14 +531,13 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Settle how to compute, now that the model is where it will be trained."""
         trainer, batches = self.trainer, self.batches
-        sizes = trainer.prepared.sizes("padded")
         with trainer.accelerator.autocast():
             settled = settle(
                 self.context,
                 trainer.model_wrapped,
                 bare_model(trainer.model),
                 trainer.groups,
-                longest=int(sizes.longest.max()),
+                longest=int(batches.sizes.longest.max()),
                 num_tokens=int(self.lengths.mean() * batches.num_steps * batches.global_batch_size),
                 layouts=[*trainer.layouts, "padded"],
                 pad=trainer.pad,
@@ -541,7 +554,7 @@ class Watch(TrainerCallback):
         self.trained_tokens += int(self.trainer.num_trained[samples].sum())
         self.steps += 1
         state.epoch = state.global_step * self.batches.global_batch_size / len(self.lengths)
-        if self._any_signalled() and state.global_step < self.batches.num_steps:
+        if any_rank(self.signalled) and state.global_step < self.batches.num_steps:
             self.stopped = control.should_save = control.should_training_stop = True
         if state.global_step == self.batches.num_steps:
             control.should_save = True
@@ -580,13 +593,6 @@ class Watch(TrainerCallback):
     def note_signal(self, signum: int) -> None:
         """Remember that a signal asked for an end."""
         self.signalled = True
-
-    def _any_signalled(self) -> bool:
-        if not dist.is_initialized():
-            return self.signalled
-        flag = torch.tensor([int(self.signalled)], device="cuda" if torch.cuda.is_available() else "cpu")
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
 
 
 def _final_metrics(context: StageContext[Any], num_steps: int) -> dict[str, float]:

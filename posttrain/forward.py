@@ -26,6 +26,7 @@ from posttrain.layout import (
     grid,
     lay_out,
     measure,
+    number_sequences,
     pair_group,
     restore_attention,
     teach_attention,
@@ -165,17 +166,12 @@ def score_batch(
 ) -> list[list[Floats]]:
     """The log-probability of every counted token, `[group][branch]` -> `(n,)`, of groups that are computed at once."""
     batch = to_batch(groups, layout, pad)
-    device = model.device
-    output = call(**to_device(batch, device), fused_lm_head=True)
+    output = call(**to_device(batch, model.device), fused_lm_head=True)
     log_probs = output.log_probs.float().cpu().numpy()
-    wanted = (batch["labels"][:, 1:] != IGNORED).numpy()
-    rows = iter(range(len(wanted)))
+    wanted = output.label_mask.cpu().numpy()
     found: list[list[Floats]] = [[] for _ in groups]
-    for branch in range(max(len(group.branches) for group in groups)):
-        for number, group in enumerate(groups):
-            if branch < len(group.branches):
-                row = next(rows)
-                found[number].append(log_probs[row][wanted[row]])
+    for (number, _), row in number_sequences(groups).items():
+        found[number].append(log_probs[row][wanted[row]])
     return found
 
 

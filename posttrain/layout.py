@@ -86,7 +86,7 @@ def grid(groups: Sequence[Group], pad: int) -> dict[str, torch.Tensor]:
     input_ids = np.full((sum(len(group.branches) for group in groups), max(group.longest for group in groups)), pad, dtype=np.int64)
     mask = np.zeros_like(input_ids)
     labels = np.full_like(input_ids, IGNORED)
-    for (number, branch), row in _number(groups).items():
+    for (number, branch), row in number_sequences(groups).items():
         group = groups[number]
         start, end = len(group.prefix), len(group.prefix) + len(group.branches[branch])
         input_ids[row, :start], input_ids[row, start:end] = group.prefix, group.branches[branch]
@@ -96,8 +96,8 @@ def grid(groups: Sequence[Group], pad: int) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask), "labels": torch.from_numpy(labels)}
 
 
-def _number(groups: Sequence[Group]) -> dict[tuple[int, int], int]:
-    """The number of each sequence, given as group and branch."""
+def number_sequences(groups: Sequence[Group]) -> dict[tuple[int, int], int]:
+    """The row of each sequence in a grid, given as group and branch; in the order of rows."""
     branches = max(len(group.branches) for group in groups)
     there = [(number, branch) for branch in range(branches) for number in range(len(groups)) if branch < len(groups[number].branches)]
     return {sequence: row for row, sequence in enumerate(there)}
@@ -120,7 +120,7 @@ def lay_out(groups: Sequence[Group], layout: Literal["shared", "packed"]) -> dic
     targets: list[Indices] = []
     places: list[Indices] = []
     width = max(group.longest for group in groups)
-    rows = _number(groups)
+    rows = number_sequences(groups)
     for number, group in enumerate(groups):
         prefix: Indices = np.empty(0, dtype=np.int64)
         before = len(group.prefix)

@@ -22,11 +22,11 @@ from posttrain.batch import deal
 from posttrain.data.prepared import Prepared, read_prepared
 from posttrain.data.samples import IGNORED
 from posttrain.error import Preempted, heed_signals
-from posttrain.fit import bare_model
+from posttrain.fit import any_rank, bare_model
 from posttrain.forward import Floats, exact_layouts, score_batch
 from posttrain.layout import Group, Layout, measure
 from posttrain.progress import Progress
-from posttrain.settle import MOST_TOKENS
+from posttrain.settle import most_tokens
 from posttrain.stage import StageContext
 
 FILE = "reference.json"
@@ -150,7 +150,7 @@ def compute_reference(context: StageContext[Any], reference: Reference, trainer:
     with trainer.accelerator.autocast():
         longest = int(trainer.prepared.sizes("padded").longest.max())
         layout = exact_layouts(call, model, trainer.layouts, longest)[0][0]
-        tokens = context.config.micro_batch_tokens or MOST_TOKENS["cuda" if model.device.type == "cuda" else "cpu"]
+        tokens = context.config.micro_batch_tokens or most_tokens(model)
         _compute(context, reference, call, model, trainer.groups, layout=layout, micro_batch_tokens=tokens, pad=trainer.pad)
 
 
@@ -187,7 +187,7 @@ def _compute(
             if context.is_main:
                 disk.write_array(reference.chunk_file(start), np.concatenate([every[row] for row in rows]))
             progress.step(rows[-1] + 1)
-            if _any(signals, model.device):
+            if any_rank(bool(signals)):
                 raise Preempted(f"{context.name} keeps the reference of the pairs up to {rows[-1] + 1}")
     model.train(training)
     if context.is_main:
@@ -210,11 +210,3 @@ def _to_main(mine: dict[int, Floats], context: StageContext[Any]) -> dict[int, F
     every: list[Any] = [None] * context.world_size
     dist.gather_object(mine, every if context.is_main else None)
     return {row: values for part in every if part for row, values in part.items()}
-
-
-def _any(signals: list[int], device: torch.device) -> bool:
-    if not dist.is_initialized():
-        return bool(signals)
-    flag = torch.tensor([len(signals)], device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())

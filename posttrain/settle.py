@@ -82,8 +82,7 @@ def settle(
         each /= model.config.get_text_config().num_hidden_layers
     tokens = config.micro_batch_tokens
     if tokens is None:
-        most = MOST_TOKENS["cuda" if model.device.type == "cuda" else "cpu"]
-        tokens = max(1, min(most, int(SHARE_OF_MEMORY * free / each)))
+        tokens = max(1, min(most_tokens(model), int(SHARE_OF_MEMORY * free / each)))
         why.append(f"a token takes {each / 2**20:.2f} MiB, and {free / 2**30:.1f} GiB are free")
     settled = _apply(_agree(Settled(layout, tokens, recompute, why)), model)
     if context.is_main:
@@ -116,6 +115,11 @@ def _fastest(
     model.train(training)
     fastest = min(layouts, key=lambda layout: seconds[layout])
     return fastest, "a probe took " + ", ".join(f"{seconds[layout] * 1000:.0f} ms {layout}" for layout in layouts)
+
+
+def most_tokens(model: PreTrainedModel) -> int:
+    """Tokens at once that are worth computing where the model is."""
+    return MOST_TOKENS["cuda" if model.device.type == "cuda" else "cpu"]
 
 
 def is_sharded(model: PreTrainedModel) -> bool:

@@ -28,6 +28,7 @@ from posttrain.error import UserError
 
 if TYPE_CHECKING:
     from posttrain.curate.scored import Floats
+    from posttrain.forward import Scorer
 
 TOKENS_AT_ONCE = 2048
 """Tokens of one batch; logits exist only for the positions of answers."""
@@ -60,15 +61,19 @@ class Quality(Scored):
         """Mean loss of each answer after its instruction and by itself, `(N, 2)`; 0 of an answer without tokens."""
         import numpy as np
 
-        loaded: list[Any] = []
+        from posttrain.forward import Scorer
+
+        loaded: list[Scorer] = []
 
         def compute(numbers: Sequence[int]) -> "Floats":
             if not loaded:
-                loaded.extend(open_policy(bench))
-            model, tokenizer = loaded
+                model, tokenizer = open_policy(bench)
+                longest = max(max(len(answer.before), len(answer.start)) + len(answer.ids) for answer in answers)
+                loaded.append(Scorer(model, longest=longest, pad=tokenizer.pad_token_id))
+            (scorer,) = loaded
             chunk = [answers[number] for number in numbers]
-            after = mean_losses(model, [(answer.before, answer.ids) for answer in chunk], tokenizer.pad_token_id)
-            alone = mean_losses(model, [(answer.start, answer.ids) for answer in chunk], tokenizer.pad_token_id)
+            after = mean_losses(scorer, [(answer.before, answer.ids) for answer in chunk])
+            alone = mean_losses(scorer, [(answer.start, answer.ids) for answer in chunk])
             return np.stack([after, alone], axis=1)
 
         return measure_by_length(bench, self.name, [len(answer.before) + len(answer.ids) for answer in answers], compute)
@@ -157,19 +162,15 @@ class Reward(Scored):
         return measure_by_length(bench, self.name, [sum(map(len, conversations)) for conversations in ids], compute)
 
 
-def mean_losses(model: Any, answers: Sequence[tuple[list[int], list[int]]], pad: int) -> "Floats":
+def mean_losses(scorer: "Scorer", answers: Sequence[tuple[list[int], list[int]]]) -> "Floats":
     """Mean of -log pi over the tokens of each answer, given as what stands before it and its own tokens, `(N,)`; 0 of none."""
     import numpy as np
 
-    from posttrain.forward import Scorer
     from posttrain.layout import pair_group
 
     losses = np.zeros(len(answers), dtype=np.float32)
     there = [number for number, (_, ids) in enumerate(answers) if ids]
     groups = [pair_group(before, [ids]) for before, ids in (answers[number] for number in there)]
-    if not groups:
-        return losses
-    scorer = Scorer(model, longest=max(group.longest for group in groups), pad=pad)
 
     def mean_loss(positions: list[int]) -> None:
         for position, (log_probs,) in zip(positions, scorer.score([groups[position] for position in positions]), strict=True):
