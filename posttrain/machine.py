@@ -20,7 +20,7 @@ def keep_memory() -> None:
     """Let the allocator keep what is freed.
 
     glibc gives every tensor over 32 MiB pages of its own, which the kernel fills with zeros each time they are asked for: that
-    was up to 40 % of a training step's CPU time. Where the C library is another one, nothing is set.
+    was a quarter of the CPU time of a step that projects every position. Where the C library is another one, nothing is set.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
