@@ -1,41 +1,145 @@
 """Checkpoints: resumable training state, private to one stage, counted only when whole.
 
-A checkpoint is whole when it holds the marker COMPLETE, which is written last, after every rank has written its part.
+    checkpoint-<step>/   rank_00000.safetensors   of training: the parts of weights and optimizer state that the rank held
+                         rank_00000.json          which parts these are, and the rank's random numbers and sums
+                         ...
+                         COMPLETE                 written last: step, what the state belongs to, size and hash of every file
+
+What has no marker, or whose marker, sizes or hashes do not fit, is never used. What lies in the files is independent of how
+many ranks wrote it and how they shared it out (`posttrain/state.py`). Imports no torch.
 """
 
 import json
-from dataclasses import dataclass
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from posttrain import disk
+from posttrain.recipe import KeepPolicy
 
 MARKER = "COMPLETE"
+PREFIX = "checkpoint-"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: its directory, the optimizer step it was taken after, and the number of ranks that wrote it."""
+    """A checkpoint whose marker says that it is whole: its directory, and the optimizer step that it was taken after."""
 
     path: Path
     step: int
     world_size: int
+    belongs_to: Mapping[str, Any]
+    """What the state would be misused for if it changed: name of a field to its value."""
+    metrics: Mapping[str, float] = field(repr=False)
+    """What was logged last before it."""
+    files: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    """Name of each file to its `bytes` and `sha256`."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all its files."""
+        return sum(int(file["bytes"]) for file in self.files.values())
 
 
-def last_complete(directory: Path) -> Checkpoint | None:
-    """The whole checkpoint of the highest step, or None. What has no marker is passed over, whatever its number."""
-    found = []
-    for marker in directory.glob(f"checkpoint-*/{MARKER}"):
+def directory_of(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return checkpoints / f"{PREFIX}{step}"
+
+
+def list_complete(checkpoints: Path) -> list[Checkpoint]:
+    """The checkpoints whose marker can be read and whose files have the sizes that it says, the newest first."""
+    found = [read_checkpoint(marker.parent) for marker in checkpoints.glob(f"{PREFIX}*/{MARKER}")]
+    return sorted((each for each in found if each and not _wrong_sizes(each)), key=lambda each: -each.step)
+
+
+def last_complete(checkpoints: Path) -> Checkpoint | None:
+    """The newest of `list_complete`, or None."""
+    return next(iter(list_complete(checkpoints)), None)
+
+
+def read_checkpoint(path: Path) -> Checkpoint | None:
+    """What the marker of a checkpoint says, or None where there is none, or one that was damaged."""
+    try:
+        record = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        promised = record.pop("sha256")
+        if promised != disk.hash_json(record):
+            return None
+        return Checkpoint(path, **record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # a marker that cannot be read marks nothing
+
+
+def faults(path: Path) -> list[str]:
+    """What is wrong with a checkpoint; empty where it is whole. Reads every byte of it."""
+    checkpoint = read_checkpoint(path)
+    if checkpoint is None:
+        return ["damaged marker" if (path / MARKER).exists() else "no marker: it was cut off while it was written"]
+    return _wrong_sizes(checkpoint) or [fault for name in checkpoint.files if (fault := wrong_hash(checkpoint, name))]
+
+
+def wrong_hash(checkpoint: Checkpoint, name: str) -> str | None:
+    """What is wrong with the bytes of one of its files, or None."""
+    try:
+        is_right = disk.hash_file(checkpoint.path / name) == checkpoint.files[name]["sha256"]
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return None if is_right else f"{name} does not have the hash that was recorded"
+
+
+def _wrong_sizes(checkpoint: Checkpoint) -> list[str]:
+    wrong = []
+    for name, said in checkpoint.files.items():
         try:
-            record = json.loads(marker.read_text())
-            found.append(Checkpoint(marker.parent, record["step"], record["world_size"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # a marker that cannot be read marks nothing
-    return max(found, key=lambda checkpoint: checkpoint.step, default=None)
+            found = (checkpoint.path / name).stat().st_size
+        except OSError:
+            wrong.append(f"{name} is missing")
+            continue
+        if found != said["bytes"]:
+            wrong.append(f"{name} has {found:,} bytes, not {said['bytes']:,}")
+    return wrong
 
 
-def mark_complete(path: Path, step: int, world_size: int) -> None:
-    """Declare the checkpoint whole. To be called by one rank, after a barrier of all."""
-    disk.sync_tree(path)
-    record: dict[str, Any] = {"step": step, "world_size": world_size}
-    disk.write_json(path / MARKER, record)
+def mark_complete(
+    path: Path,
+    step: int,
+    world_size: int,
+    *,
+    belongs_to: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    hashed: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Declare a checkpoint whole. To be called by one rank, once all files are there; `hashed` are those whose hash is known."""
+    known = hashed or {}
+    files = {}
+    for file in disk.list_files(path):
+        name = str(file.relative_to(path))
+        if name not in known:
+            disk.sync_file(file)
+        files[name] = known.get(name) or {"bytes": file.stat().st_size, "sha256": disk.hash_file(file)}
+    disk.sync_directory(path)
+    said = {"step": step, "world_size": world_size, "belongs_to": dict(belongs_to or {}), "metrics": dict(metrics or {}), "files": files}
+    disk.write_json(path / MARKER, {**said, "sha256": disk.hash_json(said)})
+
+
+def prune(checkpoints: Path, keep: KeepPolicy) -> None:
+    """Delete what the policy does not keep, and what was cut off or damaged; never the newest whole checkpoint."""
+    whole = list_complete(checkpoints)
+    if not whole:
+        return
+    kept = {each.path for each in whole[: keep.save_total_limit]}
+    if keep.metric_for_best_model is not None:
+        rated = [each for each in whole if keep.metric_for_best_model in each.metrics]
+        sign = 1 if keep.greater_is_better else -1
+        kept |= {max(rated, key=lambda each: sign * each.metrics[str(keep.metric_for_best_model)]).path} if rated else set()
+    total = 0
+    for number, each in enumerate(whole):
+        total += each.num_bytes if each.path in kept else 0
+        if number and keep.max_bytes is not None and total > keep.max_bytes:
+            kept.discard(each.path)
+    for path in checkpoints.glob(f"{PREFIX}*"):
+        if path not in kept:
+            # The marker goes first, so that what is half deleted is not taken for whole.
+            (path / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)

@@ -22,8 +22,11 @@ class StageFailed(Exception):
     """A stage crashed: which rank, its last words, and where its log is. Exit code 1."""
 
 
-class Preempted(Exception):
-    """A signal asked the work to stop, and its state is saved: run the same command again. Exit code 75."""
+class Preempted(BaseException):
+    """A signal asked the work to stop, and its state is saved: run the same command again. Exit code 75.
+
+    Like `KeyboardInterrupt` no `Exception`, since a signal may come where a library catches all of those.
+    """
 
 
 @contextmanager

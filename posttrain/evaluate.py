@@ -5,8 +5,9 @@ report are those of the `evaluate` modules in `posttrain.metrics`; the intervals
 """
 
 import json
+import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from posttrain import disk
 from posttrain.chat import ChatContract, encode, encode_prompt, read_contract
+from posttrain.checkpoint import directory_of, mark_complete
 from posttrain.data.prepared import describe_formats
 from posttrain.data.rows import Conversation, Pair
 from posttrain.data.samples import encode_pair
@@ -34,6 +37,8 @@ from posttrain.stage import Input, StageContext
 
 TOKENS_AT_ONCE = 2048
 """Tokens of one scoring batch; logits exist only for scored positions."""
+PROMPTS_AT_ONCE = 64
+"""Prompts whose answers are kept together once all are there."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +129,52 @@ def open_contracts(context: StageContext[Any]) -> list[tuple[PreTrainedTokenizer
     return [load_tokenizer(policy, context.at, contract=shared) for policy in given]
 
 
+class Kept:
+    """This rank's results, on disk batch by batch: what a stage that is started again need not compute again.
+
+    Batches are the same ones whether all are computed or some, so the results are too.
+    """
+
+    def __init__(self, context: StageContext[Any]) -> None:
+        start = directory_of(context.checkpoints, 0)
+        if context.is_main:
+            start.mkdir(parents=True, exist_ok=True)
+            mark_complete(start, 0, context.world_size)  # what stands beside it is worth going on from
+        self._path = context.checkpoints / f"results.rank_{context.rank}_of_{context.world_size}.jsonl"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._known: dict[str, list[dict[str, Any]]] = {}
+        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines() if self._path.is_file() else []
+        whole = [line for line in lines if self._take(line)]
+        if len(whole) < len(lines):
+            print(f"{self._path}: {len(lines) - len(whole)} batches were cut off or damaged, and are computed again", flush=True)
+            disk.write_text(self._path, "".join(line + "\n" for line in whole))
+
+    def _take(self, line: str) -> bool:
+        try:
+            record = json.loads(line)
+            if record.pop("sha256") != disk.hash_json(record):
+                return False
+            self._known[record["batch"]] = record["results"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
+        return True
+
+    def batch(self, name: str, compute: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """The results of a batch of that name, as they are kept, or computed now and kept."""
+        if name not in self._known:
+            record = {"batch": name, "results": compute()}
+            line = json.dumps({**record, "sha256": disk.hash_json(record)}) + "\n"
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            self._known[name] = json.loads(line)["results"]
+        return self._known[name]
+
+
 def measure(
     context: StageContext[Any],
+    kept: Kept,
     given: Input,
     tokenizer: PreTrainedTokenizerBase,
     contract: ChatContract,
@@ -143,33 +192,42 @@ def measure(
     scored = [s for s in encoded.scored if s.row % world_size == rank]
     prompts = {row: ids for row, ids in encoded.prompts.items() if row % world_size == rank}
     progress.phase(f"score {given.name}", len(scored))
-    results = _score(model, scored, tokenizer.pad_token_id, progress)
+    results = _score(model, scored, tokenizer.pad_token_id, progress, kept, given.name)
     progress.phase(f"generate {given.name}", len(prompts))
-    answers = answer_all(
-        model,
-        tokenizer,
-        contract,
-        list(prompts.values()),
-        max_new_tokens=context.config.max_new_tokens,
-        tick=progress.step,
-    )
-    for row, answer in zip(prompts, answers, strict=True):
-        results.append(
-            {"row": row, "measure": "answer", "answer": answer, "checks": [as_reference(check) for check in encoded.checks[row]]}
-        )
+    # Of like length together, which share the most work.
+    ordered = sorted(prompts, key=lambda row: (-len(prompts[row]), row))
+    for start in range(0, len(ordered), PROMPTS_AT_ONCE):
+        some = ordered[start : start + PROMPTS_AT_ONCE]
+
+        def answer(start: int = start, some: list[int] = some) -> list[dict[str, Any]]:
+            answers = answer_all(
+                model,
+                tokenizer,
+                contract,
+                [prompts[row] for row in some],
+                max_new_tokens=context.config.max_new_tokens,
+                tick=lambda done: progress.step(start + done),
+            )
+            checks = [[as_reference(check) for check in encoded.checks[row]] for row in some]
+            return [
+                {"row": row, "measure": "answer", "answer": answer, "checks": asked}
+                for row, answer, asked in zip(some, answers, checks, strict=True)
+            ]
+
+        results += kept.batch(f"{given.name}: answers {start}", answer)
+        progress.step(start + len(some))
     return results
 
 
 def gather(mine: list[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
     """The results of all ranks, on every rank, in the order of rows."""
-    if world_size == 1:
-        return mine
-    parts: list[Any] = [None] * world_size
-    dist.all_gather_object(parts, mine)
+    parts: list[Any] = [mine] * world_size
+    if world_size > 1:
+        dist.all_gather_object(parts, mine)
     return sorted((result for part in parts for result in part), key=lambda result: (result["row"], result["measure"]))
 
 
-def _score(model: PreTrainedModel, scored: Sequence[Scored], pad: int, progress: Progress) -> list[dict[str, Any]]:
+def _score(model: PreTrainedModel, scored: Sequence[Scored], pad: int, progress: Progress, kept: Kept, name: str) -> list[dict[str, Any]]:
     """Summed log-probability and number of the counted tokens of each sequence, in batches of like length."""
     if not scored:
         return []
@@ -177,15 +235,21 @@ def _score(model: PreTrainedModel, scored: Sequence[Scored], pad: int, progress:
     groups = [each.group for each in scored]
     scorer = Scorer(model, longest=max(group.longest for group in groups), pad=pad)
     done = 0
-    for positions in scorer.batches(groups, TOKENS_AT_ONCE):
-        for position, branches in zip(positions, scorer.score([groups[position] for position in positions]), strict=True):
-            for part, log_probs in zip(scored[position].parts, branches, strict=True):
-                logp = float(log_probs.sum(dtype=np.float64))
-                results.append({"row": scored[position].row, "measure": part, "logp": logp, "num_tokens": len(log_probs)})
+    for number, positions in enumerate(scorer.batches(groups, TOKENS_AT_ONCE)):
+
+        def score(positions: list[int] = positions) -> list[dict[str, Any]]:
+            found = zip(positions, scorer.score([groups[position] for position in positions]), strict=True)
+            return [
+                {"row": scored[position].row, "measure": part, "logp": float(log_probs.sum(dtype=np.float64)), "num_tokens": len(log_probs)}
+                for position, branches in found
+                for part, log_probs in zip(scored[position].parts, branches, strict=True)
+            ]
+
+        results += kept.batch(f"{name}: scores {number}", score)
         done += len(positions)
         progress.step(done)
     scorer.detach()
-    return sorted(results, key=lambda result: (result["row"], result["measure"]))
+    return results
 
 
 # --- comparison ------------------------------------------------------------------------------------------------------

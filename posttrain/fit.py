@@ -4,8 +4,9 @@
 
 Differences from running a TRL trainer by itself: 1. the global batch is config, and the same samples on any number of
 ranks, cut into micro-batches by tokens, its loss and its metrics those of all of it; 2. a run is one stretch of steps, so its
-position is one number and a resume starts there, without skipping through batches; 3. a checkpoint counts only with its
-marker; 4. SIGTERM and SIGUSR2 save and end the run in order; 5. TRL's loss gets its log-probabilities from `forward`.
+position is one number and a resume starts there, without skipping through batches; 3. checkpoints are our own (`state`,
+`saver`), for any number of ranks and any sharding; 4. SIGTERM and SIGUSR2 end a step between its micro-batches, and the state
+before it is saved; 5. TRL's loss gets its log-probabilities from `forward`.
 """
 
 import json
@@ -15,10 +16,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -27,11 +29,13 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.optimization import get_scheduler
+from transformers.training_args import OptimizerNames
 from trl.trainer.utils import FusedCausalLMOutput
 
 from posttrain.batch import GlobalBatches, count_steps
 from posttrain.chat import ChatContract
-from posttrain.checkpoint import last_complete, mark_complete
+from posttrain.checkpoint import Checkpoint
 from posttrain.config import nearest
 from posttrain.data.prepared import Prepared, prepare
 from posttrain.data.samples import Encoder
@@ -42,8 +46,10 @@ from posttrain.models import check_weights, load_policy, load_tokenizer, publish
 from posttrain.preflight import fatal_faults, preflight
 from posttrain.progress import Progress
 from posttrain.recipe import TrainingConfig
+from posttrain.saver import Saver, any_rank, find_whole
 from posttrain.settle import MOST_TOKENS, settle
 from posttrain.stage import Input, StageContext
+from posttrain.state import Saved, fragments, random_state, restore, set_random_state
 
 OWNED = {
     "output_dir": "the stage directory is used",
@@ -60,6 +66,8 @@ OWNED = {
     "push_to_hub": "publish a finished stage instead",
 }
 """Fields of TRL's and transformers' config classes that the pipeline sets, and what to do instead."""
+PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+"""Optimizers that can be made of their settings alone; others want the model, or a library of their own."""
 SPEEDS = ("tokens_per_s", "trained_tokens_per_s", "step_time_s")
 """Metrics of speed; tokens are those of the samples, those of a pair's prompt counted for each of its answers."""
 
@@ -76,7 +84,7 @@ class Fitting:
 
 
 def check_trainer_fields(config: TrainingConfig, arguments_class: type[Any], at: str) -> None:
-    """Refuse a field under `trainer:` that TRL's config class lacks, that is of another type, or that is ours to set."""
+    """Refuse a field under `trainer:` that TRL's config class lacks, that is of another type or out of range, or that is ours to set."""
     hints = get_type_hints(arguments_class)
     known = {field.name for field in fields(arguments_class) if field.init}
     ours = set(type(config).model_fields)
@@ -91,6 +99,27 @@ def check_trainer_fields(config: TrainingConfig, arguments_class: type[Any], at:
         if not _fits(value, hints[name]):
             kind = getattr(hints[name], "__name__", None) if not get_args(hints[name]) else None
             raise UserError(f"{where}: {value!r} is no {kind or str(hints[name]).replace('typing.', '')}; see {arguments_class.__name__}")
+    if refused := _refusal(config, arguments_class, config.trainer):
+        # One that is refused by itself is told by its name; some are refused only together.
+        alone = ((name, _refusal(config, arguments_class, {name: value})) for name, value in config.trainer.items())
+        name, why = next(((f".{name}: {config.trainer[name]!r}", why) for name, why in alone if why), (":", refused))
+        raise UserError(f"{at}.trainer{name} is refused: {why}")
+
+
+def _refusal(config: TrainingConfig, arguments_class: type[Any], trainer: dict[str, Any]) -> str | None:
+    """What optimizer, schedule and loader, made with `trainer` for a model of one number, say against it; None where they take it."""
+    defaults = {field.name: field.default for field in fields(arguments_class) if field.default is not MISSING}
+    settings: Any = SimpleNamespace(**{**defaults, "learning_rate": config.learning_rate, **trainer})
+    try:
+        DataLoader([0], num_workers=settings.dataloader_num_workers, prefetch_factor=settings.dataloader_prefetch_factor)
+        if config.optim in PLAIN_OPTIMIZERS:
+            settings.optim = OptimizerNames(config.optim)
+            optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(settings)
+            optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options)
+            get_scheduler(config.lr_scheduler_type, optimizer, 1, 2, settings.lr_scheduler_kwargs)
+    except (ValueError, TypeError, KeyError) as error:
+        return " ".join(str(error).split())[:300]
+    return None
 
 
 def _fits(value: object, hint: Any) -> bool:
@@ -158,6 +187,11 @@ def open_fitting(context: StageContext[Any], arguments_class: type[Any], role: s
     config: TrainingConfig = context.config
     progress = Progress(context.directory, is_main=context.is_main)
     progress.phase("load model")
+    if config.is_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first product
+        torch.use_deterministic_algorithms(True)
+        deterministic: Any = torch.utils.deterministic
+        deterministic.fill_uninitialized_memory = False  # every element is written before it is read
     given = context.input(role)
     tokenizer, contract = load_tokenizer(given, context.at, chat_template=config.chat_template, system_prompt=config.system_prompt)
     try:
@@ -207,13 +241,10 @@ def _arguments(context: StageContext[Any], arguments_class: type[Any], fields: d
         deepspeed=deepspeed,
         use_cpu=not on_gpu,
         ddp_backend="gloo" if context.world_size > 1 and not on_gpu else None,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        save_total_limit=2,
+        save_strategy="no",  # `Watch` says when
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,
         dataloader_pin_memory=on_gpu,
-        ignore_data_skip=True,
         remove_unused_columns=False,
         disable_tqdm=True,
         **{"report_to": "none", **fields, **config.trainer},
@@ -254,10 +285,17 @@ class OurOrder(Trainer):
     batches: GlobalBatches
     layout: Layout
     pad: int
+    logged: dict[str, float]
+    """What was logged last."""
+    before_step: dict[str, Any]
+    """The random numbers at the start of the step at hand."""
     aux_loss_enabled: bool
     router_aux_loss_coef: float
     samples: Any
     """The data set itself, rows by number."""
+    saver: Saver
+    signalled = False
+    """Whether a signal asked this rank for an end."""
     _metrics: Any
 
     def groups(self, samples: Sequence[int]) -> list[Group]:
@@ -301,6 +339,7 @@ class OurOrder(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one step; returns this rank's part of its loss."""
         model.train()
+        self.before_step = random_state()
         micro_batches: list[dict[str, Any]] = inputs
         step = self.state.global_step
         num_items = self.num_items(step)
@@ -312,6 +351,7 @@ class OurOrder(Trainer):
         total = torch.zeros((), device=self.args.device)
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for number, batch in enumerate(micro_batches):
+            self._stop_if_asked()
             weights = self.weights(batch)
             with self._accumulating(model, is_last=number == len(micro_batches) - 1):
                 with self._alone(weights, sums), self.compute_loss_context_manager():
@@ -343,6 +383,7 @@ class OurOrder(Trainer):
         held = [to_device(batch, self.args.device) for batch in micro_batches]
         with torch.no_grad():
             for batch, weight in zip(held, weights, strict=True):
+                self._stop_if_asked()
                 with self._alone(weight, defaultdict(lambda: [0.0, 0.0])), self.compute_loss_context_manager():
                     compute_loss(record, batch)
         mine = [
@@ -360,6 +401,7 @@ class OurOrder(Trainer):
         world_size, rank = self.batches.world_size, self.batches.rank
         gradients = torch.autograd.grad(loss, log_probs)[rank * len(mine) : (rank + 1) * len(mine)]
         for number, (call, gradient, weight) in enumerate(zip(calls, gradients, weights, strict=True)):
+            self._stop_if_asked()
             with self._accumulating(model, is_last=number == len(calls) - 1):
                 with self.compute_loss_context_manager():
                     again = model(**call)
@@ -368,6 +410,57 @@ class OurOrder(Trainer):
                     part = part + self.router_aux_loss_coef * again.aux_loss * (weight[""] / self.batches.global_batch_size)
                 self._backward(part * world_size)
         return loss.detach()  # type: ignore[no-any-return]
+
+    def _stop_if_asked(self) -> None:
+        """Raise `Stopped` on all ranks where any was signalled. All ranks call it before each micro-batch."""
+        self.saver.check()
+        if any_rank(self.signalled):
+            raise Stopped
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.save_state(random_state())
+
+    def save_state(self, random: dict[str, Any]) -> None:
+        """Save the state after the last whole step, with the random numbers as they were then. All ranks call it."""
+        bare: Any = self.accelerator.unwrap_model(self.model)
+        scheduler: Any = self.lr_scheduler
+        said = {
+            "random": random,
+            "scheduler": scheduler.state_dict(),
+            "loss": {"sum": float(self._tr_loss), "since": self._globalstep_last_logged},
+        }
+        world_size, rank = self.batches.world_size, self.batches.rank
+        try:
+            held = list(fragments(bare, self.model_wrapped, self.optimizer, rank=rank, world_size=world_size))
+        except ValueError as error:
+            raise UserError(f"{self.saver.context.at}.optim: {self.args.optim}: {error}; choose another, such as adamw_torch") from None
+        self.saver.save(self.state.global_step, held, said, self.logged)
+
+    def load_state(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Go on from a checkpoint; returns the random numbers that were next. All ranks call it, once all is wrapped.
+
+        Raises `ValueError` where it does not fit the model that is trained.
+        """
+        saved = Saved(checkpoint.path, checkpoint.world_size)
+        restore(saved, self.accelerator.unwrap_model(self.model), self.model_wrapped, self.optimizer)
+        rank = self.batches.rank
+        record = saved.records[min(rank, len(saved.records) - 1)]
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(record["scheduler"])
+        optimizer: Any = self.optimizer
+        while optimizer is not None:
+            for group, rate in zip(getattr(optimizer, "param_groups", []), record["scheduler"]["_last_lr"], strict=False):
+                group["lr"] = rate
+            optimizer = getattr(optimizer, "optimizer", None)
+        self.state.global_step = self._initial_global_step = checkpoint.step
+        if rank < len(saved.records):
+            self._tr_loss += record["loss"]["sum"]
+        self._globalstep_last_logged = record["loss"]["since"]
+        if self.is_deepspeed_enabled:
+            engine: Any = self.model_wrapped
+            engine.global_steps = checkpoint.step
+        self.logged = dict(checkpoint.metrics)
+        return dict(record["random"])
 
     @contextmanager
     def _accumulating(self, model: Any, *, is_last: bool) -> Iterator[None]:
@@ -427,9 +520,6 @@ class OurOrder(Trainer):
         whole = {name for name, parameter in model.named_parameters() if parameter is not table} if hasattr(model, "peft_config") else names
         return [name for name in names if name in whole]
 
-    def create_model_card(self, *arguments: Any, **values: Any) -> None:
-        """TRL writes a card into every checkpoint; ours is private state and needs none."""
-
 
 class _MicroBatches(Dataset[dict[str, Any]]):
     """A trainer's micro-batches, each asked for by the numbers of its samples."""
@@ -445,13 +535,8 @@ class _MicroBatches(Dataset[dict[str, Any]]):
         return self.trainer.complete(batch, samples)
 
 
-def any_rank(is_so: bool) -> bool:
-    """Whether it is so on any rank. All ranks call it."""
-    if not dist.is_initialized():
-        return is_so
-    flag = torch.tensor([int(is_so)], device="cuda" if torch.cuda.is_available() else "cpu")
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
+class Stopped(Exception):
+    """A signal asked for an end in the middle of a step, which is as if it had not begun."""
 
 
 def bare_model(model: Any) -> PreTrainedModel:
@@ -476,29 +561,52 @@ def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: l
         world_size=context.world_size,
     )
     progress = Progress(context.directory, is_main=context.is_main)
-    last = last_complete(context.checkpoints)
+    given: Input = context.input(role)
+    belongs_to = {
+        "input policy": given.fingerprint,
+        "prepared data": trainer.prepared.path.name,
+        "num_samples": num_samples,
+        "global_batch_size": config.global_batch_size,
+        "num_steps": num_steps,
+        "seed": config.seed,
+        "optim": config.optim,
+    }
+    last = find_whole(context, belongs_to)
+    trainer.saver = Saver(context, config.keep, belongs_to)
+    trainer.logged = {}
     if last is not None:
-        if config.deepspeed is not None and last.world_size != context.world_size:
-            raise UserError(
-                f"{context.at}.num_processes: {context.world_size}, but the checkpoint of step {last.step} was sharded by DeepSpeed over "
-                f"{last.world_size}; use as many, or --rebuild {context.name}"
-            )
-        trainer.batches.start_step = last.step
+        trainer.batches.start_step = trainer.saver.saved_step = last.step
         print(f"resuming from {last.path}", flush=True)
     progress.rewind(last.step if last else 0)
     progress.phase("train", num_steps, last.step if last else 0)
-    watch = Watch(context, trainer, progress, is_resuming=last is not None)
+    watch = Watch(context, trainer, progress, last)
     trainer.add_callback(watch)
     if config.lora is not None:
         train_new_tokens(trainer.model, fitting.tokenizer, fitting.contract)
-    with heed_signals(watch.note_signal):
-        # From the checkpoint of the last step this only loads it: what was cut off then was the publishing.
-        trainer.train(resume_from_checkpoint=str(last.path) if last else None)
-    if watch.stopped:
-        raise Preempted(f"{context.name} saved its state after step {trainer.state.global_step}")
+    try:
+        with heed_signals(watch.note_signal):
+            # From the checkpoint of the last step this only loads it: what was cut off then was the publishing.
+            trainer.train()
+    except Stopped:
+        if trainer.state.global_step:
+            trainer.save_state(trainer.before_step)
+            trainer.saver.wait()
+        any_rank(False)  # no rank ends while another still writes
+        raise Preempted(f"{context.name} saved its state after step {trainer.state.global_step}") from None
+    try:
+        _publish(trainer, context, fitting, probe_ids, given, progress)
+    finally:
+        trainer.saver.wait()  # the state after the last step: what is cut off from here on is only the publishing
+    any_rank(False)
+    return _final_metrics(context, num_steps, trainer.saver) if context.is_main else {}
+
+
+def _publish(
+    trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: list[list[int]], given: Input, progress: Progress
+) -> None:
+    config: TrainingConfig = context.config
     progress.phase("publish")
     restore_attention(bare_model(trainer.accelerator.unwrap_model(trainer.model)))
-    given: Input = context.input(role)
     publish(
         context,
         trainer.accelerator.unwrap_model(trainer.model),
@@ -509,28 +617,35 @@ def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: l
         dtype=stored_dtype(given.model) if config.save_dtype == "auto" else getattr(torch, config.save_dtype),
         forward=trainer.model_wrapped,
     )
-    return _final_metrics(context, num_steps) if context.is_main else {}
 
 
 class Watch(TrainerCallback):
-    """Follows the training loop: progress, metrics, the marker of each checkpoint, and the signals to stop."""
+    """Follows the training loop: how it is computed, where it goes on, progress, metrics, and when to save."""
 
-    def __init__(self, context: StageContext[Any], trainer: Any, progress: Progress, *, is_resuming: bool) -> None:
+    def __init__(self, context: StageContext[Any], trainer: Any, progress: Progress, last: Checkpoint | None) -> None:
         self.context = context
         self.trainer = trainer
         self.batches: GlobalBatches = trainer.batches
         self.lengths: npt.NDArray[np.int64] = trainer.prepared.column("length")
         self.progress = progress
-        self.is_resuming = is_resuming
-        self.signalled = False
-        self.stopped = False
+        self.last = last
+        self.saved_at = time.monotonic()
         self.loss = math.nan
         self.tokens = self.trained_tokens = self.steps = 0
         self.since = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Settle how to compute, now that the model is where it will be trained."""
+        """Load the state to go on from, now that the model is where it will be trained, and settle how to compute."""
         trainer, batches = self.trainer, self.batches
+        random = None
+        if self.last is not None:
+            try:
+                random = trainer.load_state(self.last)
+            except ValueError as error:
+                raise UserError(
+                    f"{self.context.at}: the checkpoint of step {self.last.step} does not fit: {error}; --rebuild {self.context.name}"
+                ) from error
+            control.should_training_stop = self.last.step >= batches.num_steps
         with trainer.accelerator.autocast():
             settled = settle(
                 self.context,
@@ -541,23 +656,28 @@ class Watch(TrainerCallback):
                 num_tokens=int(self.lengths.mean() * batches.num_steps * batches.global_batch_size),
                 layouts=[*trainer.layouts, "padded"],
                 pad=trainer.pad,
-                is_resuming=self.is_resuming,
+                is_resuming=self.last is not None,
             )
         trainer.layout = settled.layout
         batches.sizes, batches.micro_batch_tokens = trainer.prepared.sizes(settled.layout), settled.micro_batch_tokens
-        self.since = time.monotonic()
+        if random is not None:
+            set_random_state(random)
+        self.since = self.saved_at = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Count, show, and stop in order where any rank was signalled."""
+        """Count, and say whether it is time to save."""
         samples = self.batches.samples(state.global_step - 1)
         self.tokens += int(self.lengths[samples].sum())
         self.trained_tokens += int(self.trainer.num_trained[samples].sum())
         self.steps += 1
         state.epoch = state.global_step * self.batches.global_batch_size / len(self.lengths)
-        if any_rank(self.signalled) and state.global_step < self.batches.num_steps:
-            self.stopped = control.should_save = control.should_training_stop = True
-        if state.global_step == self.batches.num_steps:
-            control.should_save = True
+        config: TrainingConfig = self.context.config
+        is_due = config.save_minutes is not None and time.monotonic() - self.saved_at > config.save_minutes * 60
+        control.should_save = (
+            state.global_step % config.save_steps == 0
+            or state.global_step == self.batches.num_steps
+            or any_rank(self.context.is_main and is_due)
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Write the logged values, with the speed since the last time, as they are logged."""
@@ -579,26 +699,25 @@ class Watch(TrainerCallback):
                 raise UserError(
                     f"{at}: {what} of step {state.global_step} is {values[what]}; lower {at}.learning_rate, or look at the data"
                 )
+        self.trainer.logged = {name: value for name, value in values.items() if name not in SPEEDS}
         self.progress.metrics(state.global_step, {**values, "epoch": state.epoch})
-        self.progress.step(state.global_step, loss=self.loss, tokens_per_s=values["tokens_per_s"])
+        timed = {"step_time_s": values["step_time_s"], "save_s": self.trainer.saver.last_s}
+        self.progress.step(state.global_step, loss=self.loss, tokens_per_s=values["tokens_per_s"], **timed)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Mark the checkpoint whole, once every rank has written its part."""
-        if dist.is_initialized():
-            dist.barrier()
-        if self.context.is_main:
-            path = self.context.checkpoints / f"checkpoint-{state.global_step}"
-            mark_complete(path, state.global_step, self.context.world_size)
+        """Time counts from here until the next save is due."""
+        self.saved_at = time.monotonic()
 
     def note_signal(self, signum: int) -> None:
         """Remember that a signal asked for an end."""
-        self.signalled = True
+        self.trainer.signalled = True
 
 
-def _final_metrics(context: StageContext[Any], num_steps: int) -> dict[str, float]:
+def _final_metrics(context: StageContext[Any], num_steps: int, saver: Saver) -> dict[str, float]:
     """The last logged values, and the mean loss over the whole run, attempts before a resume included."""
     lines = (context.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = [json.loads(line) for line in lines]
     kept = {name: value for name, value in logged[-1].items() if name not in ("step", "epoch", "learning_rate", *SPEEDS)}
     middle = {name: float(np.median([entry[name] for entry in logged])) for name in SPEEDS}
-    return {**kept, "mean_loss": sum(entry["loss"] for entry in logged) / len(logged), "num_steps": num_steps, **middle}
+    saving = {"checkpoint_bytes": saver.num_bytes, "checkpoint_held_s": saver.held_s / max(1, saver.num_saves)}
+    return {**kept, "mean_loss": sum(entry["loss"] for entry in logged) / len(logged), "num_steps": num_steps, **middle, **saving}

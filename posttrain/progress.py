@@ -81,6 +81,8 @@ class Watcher:
         self._console = console
         self._printed = (0.0, "")
         self._status = console.status("", spinner="dots") if console.is_terminal else None
+        self.state: dict[str, Any] = {}
+        """What was read last."""
 
     def __enter__(self) -> "Watcher":
         if self._status:
@@ -99,6 +101,7 @@ class Watcher:
             return
         if not state:
             return
+        self.state = state
         line = f"{self._name}: {describe(state)}"
         if self._status:
             self._status.update(line)

@@ -49,6 +49,21 @@ class PreflightLimits(Config):
     """Share of the vocabulary that is never trained."""
 
 
+class KeepPolicy(Config):
+    """Which checkpoints are kept while a stage trains; the newest whole one always is, and none once the stage has finished."""
+
+    bears_identity: ClassVar[bool] = False
+
+    save_total_limit: int = Field(default=2, ge=2)
+    """How many of the newest are kept: two, so that a damaged one does not cost the run."""
+    max_bytes: int | None = Field(default=None, ge=1)
+    """Bytes that all of them may take together."""
+    metric_for_best_model: str | None = None
+    """Keep the best by this logged metric too, such as `loss`, or `rewards/accuracies` of DPO."""
+    greater_is_better: bool = False
+    """Whether that metric is to be high."""
+
+
 class TrainingExecution(Config):
     """Where and how fast a stage trains: nothing here changes what is learned, beyond rounding."""
 
@@ -66,6 +81,12 @@ class TrainingExecution(Config):
     """Attention backend: `eager`, `sdpa`, `flash_attention_2`, `flex_attention`; by default the best that is there."""
     save_steps: int = Field(500, ge=1)
     """Optimizer steps between checkpoints. One is also saved at the end, and when a signal asks the stage to stop."""
+    save_minutes: float | None = Field(30.0, gt=0)
+    """Most minutes between checkpoints, however long steps take."""
+    keep: KeepPolicy = KeepPolicy()
+    """Which checkpoints are kept."""
+    deterministic: bool | None = None
+    """The same bytes from the same config, machine and number of processes; by default on a CPU. Speed then decides nothing."""
     logging_steps: int = Field(1, ge=1)
     """Optimizer steps between logged metrics."""
     preflight: PreflightLimits = PreflightLimits()
@@ -120,6 +141,13 @@ class TrainingConfig(StageConfig, TrainingExecution):
         import torch
 
         return self.bf16 if self.bf16 is not None else torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether the same config is to give the same bytes on this machine."""
+        import torch
+
+        return self.deterministic if self.deterministic is not None else not torch.cuda.is_available()
 
     def check(self, num_processes: int, at: str) -> None:
         """Refuse a global batch that the ranks cannot share equally."""

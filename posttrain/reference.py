@@ -22,10 +22,11 @@ from posttrain.batch import deal
 from posttrain.data.prepared import Prepared, read_prepared
 from posttrain.data.samples import IGNORED
 from posttrain.error import Preempted, heed_signals
-from posttrain.fit import any_rank, bare_model
+from posttrain.fit import bare_model
 from posttrain.forward import Floats, exact_layouts, score_batch
 from posttrain.layout import Group, Layout, measure
 from posttrain.progress import Progress
+from posttrain.saver import any_rank
 from posttrain.settle import most_tokens
 from posttrain.stage import StageContext
 
@@ -48,8 +49,8 @@ class Reference:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every pair is there."""
-        return self._file.is_file()
+        """Whether every pair is there; that they are what was written is seen to where the reference is declared."""
+        return (self.path / disk.MANIFEST).is_file()
 
     @property
     def _file(self) -> Path:
@@ -66,21 +67,36 @@ class Reference:
         """Where the chunk that begins with that row lies until all are there."""
         return self.path / f"rows-{start:09}.npy"
 
+    def put_chunk(self, start: int, values: Floats) -> None:
+        """Keep a chunk, and then its hash, without which it does not count."""
+        file = self.chunk_file(start)
+        disk.write_array(file, values)
+        disk.write_sealed(file.with_suffix(".json"), {"files": disk.describe_files(self.path, [file])})
+
+    def has_chunk(self, start: int) -> bool:
+        """Whether a chunk is there, and is what was written."""
+        return next(disk.entry_faults(self.path, disk.hash_file, self.chunk_file(start).with_suffix(".json").name), None) is None
+
     def finish(self, starts: Sequence[int]) -> None:
         """Put the chunks together."""
         disk.write_array(self._file, np.concatenate([np.load(self.chunk_file(start)) for start in starts]))
+        disk.write_sealed(self.path / disk.MANIFEST, {"files": disk.describe_files(self.path, [self._file])})
         for start in starts:
             self.chunk_file(start).unlink(missing_ok=True)
+            self.chunk_file(start).with_suffix(".json").unlink(missing_ok=True)
 
 
 def declare_reference(context: StageContext[Any], role: str = "policy") -> None:
     """Decide where the log-probabilities under the policy in `role` lie. Runs in `prepare`, once the data are prepared."""
     hashes = disk.HashCache(context.root / ".hashes.json")
     weights = fingerprint_source(context.input(role).source, f"{context.at}: {context.input(role).name}", hashes)
-    hashes.save()
     precision = ["bfloat16" if context.config.uses_bf16 else "float32", bool(context.config.uses_bf16 and context.config.lora)]
     key = disk.hash_json({"version": VERSION, "weights": weights, "data": read_prepared(context).path.name, "precision": precision})
-    disk.write_json(context.directory / FILE, {"path": str(context.root / ".reference" / key[:32])})
+    path = context.root / ".reference" / key[:32]
+    if (path / disk.MANIFEST).exists():  # else it has not come to its end, and each chunk is looked at by itself
+        disk.discard_damaged(path, hashes)
+    hashes.save()
+    disk.write_json(context.directory / FILE, {"path": str(path)})
 
 
 def read_reference(context: StageContext[Any], prepared: Prepared) -> Reference:
@@ -167,7 +183,7 @@ def _compute(
 ) -> None:
     num_rows = len(reference.lengths)
     starts = list(range(0, num_rows, ROWS_AT_ONCE))
-    missing = _from_main([start for start in starts if not reference.chunk_file(start).is_file()], context.world_size)
+    missing = _from_main([start for start in starts if not reference.has_chunk(start)], context.world_size)
     progress = Progress(context.directory, is_main=context.is_main)
     progress.phase("reference", num_rows, num_rows - sum(min(ROWS_AT_ONCE, num_rows - start) for start in missing))
     signals: list[int] = []
@@ -181,14 +197,14 @@ def _compute(
             filled = rows * math.ceil(context.world_size / len(rows))
             sizes = measure(groups(filled), layout)
             for micro_batch in deal(filled, sizes, micro_batch_tokens, context.world_size)[context.rank]:
+                if any_rank(bool(signals)):
+                    raise Preempted(f"{context.name} keeps the reference of the pairs up to {start}")
                 scored = score_batch(call, model, groups(micro_batch), layout, pad=pad)
                 mine |= {row: np.concatenate(both) for row, both in zip(micro_batch, scored, strict=True)}
             every = _to_main(mine, context)
             if context.is_main:
-                disk.write_array(reference.chunk_file(start), np.concatenate([every[row] for row in rows]))
+                reference.put_chunk(start, np.concatenate([every[row] for row in rows]))
             progress.step(rows[-1] + 1)
-            if any_rank(bool(signals)):
-                raise Preempted(f"{context.name} keeps the reference of the pairs up to {rows[-1] + 1}")
     model.train(training)
     if context.is_main:
         reference.finish(starts)

@@ -1,6 +1,7 @@
 """Settling: in which layout a stage computes, and how many tokens at once. Decided when the model is there, and recorded.
 
-Nothing here changes what is learned, beyond rounding; a run that resumes keeps what its first attempt settled on.
+Nothing here changes what is learned, beyond rounding; a run that resumes keeps what its first attempt settled on. Where a
+stage is to be deterministic, neither time nor what else runs on the machine decides anything.
 """
 
 import time
@@ -72,10 +73,10 @@ def settle(
     if config.layout != "auto" and exact != wanted:
         raise UserError(f"{context.at}.layout: the model cannot be computed {config.layout} ({reason}); set it to auto")
     layout = exact[0]
-    if config.layout == "auto" and layout != "padded" and num_tokens >= WORTH_PROBING * PROBED_TOKENS:
+    if config.layout == "auto" and layout != "padded" and num_tokens >= WORTH_PROBING * PROBED_TOKENS and not config.is_deterministic:
         layout, timed = _fastest(call, model, groups, [layout, "padded"], pad)
         why.append(timed)
-    each, free = _bytes_per_token(model, groups, layout, pad), _free_bytes(model, context.world_size)
+    each, free = _bytes_per_token(model, groups, layout, pad), _free_bytes(model, context.world_size, of_all=config.is_deterministic)
     recompute = config.gradient_checkpointing is None and not is_sharded(model) and each * longest > SHARE_OF_MEMORY * free
     if recompute:
         why.append(f"activations are computed again, since those of the longest sample ({longest:,} tokens) would not fit into memory")
@@ -83,7 +84,7 @@ def settle(
     tokens = config.micro_batch_tokens
     if tokens is None:
         tokens = max(1, min(most_tokens(model), int(SHARE_OF_MEMORY * free / each)))
-        why.append(f"a token takes {each / 2**20:.2f} MiB, and {free / 2**30:.1f} GiB are free")
+        why.append(f"a token takes {each / 2**20:.2f} MiB, and there are {free / 2**30:.1f} GiB for them")
     settled = _apply(_agree(Settled(layout, tokens, recompute, why)), model)
     if context.is_main:
         disk.write_json(path, asdict(settled))
@@ -156,14 +157,17 @@ def _bytes_per_token(model: PreTrainedModel, groups: Callable[[Sequence[int]], l
     return float(sum(seen.values()) / cost)
 
 
-def _free_bytes(model: PreTrainedModel, world_size: int) -> float:
-    """Memory that is free for one rank's activations, once gradients and the optimizer's state are there."""
+def _free_bytes(model: PreTrainedModel, world_size: int, *, of_all: bool) -> float:
+    """Memory for one rank's activations, once gradients and the optimizer's state are there: of what is free now, or, so that
+    a second run finds the same, of all that the machine has."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    to_come = trained * 12  # a gradient and AdamW's two moments, in float32
+    held = sum(parameter.nbytes for parameter in model.parameters()) if of_all else 0
+    to_come = trained * 12 + held  # a gradient and AdamW's two moments, in float32
     if model.device.type == "cuda":
-        return max(0.0, torch.cuda.mem_get_info(model.device)[0] - to_come)
+        return max(0.0, torch.cuda.mem_get_info(model.device)[of_all] - to_come)
     local = min(world_size, torch.cuda.device_count() or world_size)
-    return max(0.0, float(psutil.virtual_memory().available) / local - to_come)
+    memory = psutil.virtual_memory()
+    return max(0.0, float(memory.total if of_all else memory.available) / local - to_come)
 
 
 def _agree(settled: Settled) -> Settled:

@@ -35,6 +35,9 @@ AHEAD_LOG = "ahead.log"
 METRICS_FILE = "final_metrics.json"
 WAIT_FOR_PREPARE_S = 24 * 3600
 LOWEST_PRIORITY = 19
+AGAIN_S = 2.0
+
+_is_stopping = threading.Event()
 
 
 def worker(directory: Path, phase: Phase, rendezvous: Mapping[str, str]) -> None:
@@ -75,6 +78,10 @@ def work_ahead(directory: Path) -> None:
 
 
 def _stop(signum: int) -> None:
+    # What a handler raises is lost where Python calls back from C, in a fork or a destructor: then it is raised again.
+    again = threading.Timer(AGAIN_S, lambda: None if _is_stopping.is_set() else os.kill(os.getpid(), signum))
+    again.daemon = True
+    again.start()
     raise Preempted(f"by {signal.Signals(signum).name}")
 
 
@@ -110,18 +117,22 @@ def main(arguments: list[str]) -> int:
 def _run(attempt: Attempt, stage: Stage[Any], context: StageContext[Any], phases: list[Phase]) -> int:
     """Run the phases; whatever goes wrong is left in the attempt's logs for the driver to read. Returns the exit code."""
     try:
-        with disk.explain_disk_errors(context.at):
-            for phase in phases:
-                if phase == "prepare":
-                    _prepare(attempt, stage, context)
-                elif phase == "run":
-                    _train(stage, context)
-                elif context.is_main:
-                    _verify(attempt, stage, context)
-        return EXIT_DONE
-    except Preempted as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
-        return EXIT_PREEMPTED
+        # Phases that can save more than what lies on disk already take the signals themselves.
+        with heed_signals(_stop):
+            try:
+                with disk.explain_disk_errors(context.at):
+                    for phase in phases:
+                        if phase == "prepare":
+                            _prepare(attempt, stage, context)
+                        elif phase == "run":
+                            _train(stage, context)
+                        elif context.is_main:
+                            _verify(attempt, stage, context)
+                return EXIT_DONE
+            except Preempted as stopped:
+                _is_stopping.set()
+                print(f"stopped: {stopped}", file=sys.stderr)
+                return EXIT_PREEMPTED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         _report(context, attempt, "user", str(error))

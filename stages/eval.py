@@ -48,16 +48,17 @@ def run(context: StageContext[EvalConfig]) -> dict[str, float]:
     """Measure every policy on this rank's share of the rows; the main rank compares and writes the report."""
     import torch
 
-    from posttrain.evaluate import Policy, compare_policies, gather, measure, open_contracts, read_rows
+    from posttrain.evaluate import Kept, Policy, compare_policies, gather, measure, open_contracts, read_rows
     from posttrain.progress import Progress
 
     rows = read_rows(context)
     progress = Progress(context.directory, is_main=context.is_main)
+    kept = Kept(context)
     policies: list[Policy] = []
     for given, (tokenizer, contract) in zip(context.inputs["policies"], open_contracts(context), strict=True):
         encoded = rows.encode(tokenizer, contract, context.config.max_length)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        mine = measure(context, given, tokenizer, contract, encoded, device, progress)
+        mine = measure(context, kept, given, tokenizer, contract, encoded, device, progress)
         policies.append(Policy(given.name, gather(mine, context.world_size), len(encoded.too_long)))
     if not context.is_main:
         return {}

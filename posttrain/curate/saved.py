@@ -12,7 +12,7 @@ from dataclasses import astuple, replace
 from typing import Any
 
 from posttrain import disk
-from posttrain.checkpoint import MARKER, mark_complete
+from posttrain.checkpoint import MARKER, directory_of, faults, mark_complete
 from posttrain.curate.records import from_state, to_state
 from posttrain.curate.step import Candidate, Drop, Outcome
 from posttrain.error import Preempted, UserError
@@ -26,15 +26,18 @@ def save_start(context: StageContext[Any]) -> None:
     """Declare that the data was read whole; the main rank alone."""
     if not context.is_main:
         return
-    path = context.checkpoints / "checkpoint-0"
+    path = directory_of(context.checkpoints, 0)
     path.mkdir(parents=True, exist_ok=True)
     mark_complete(path, 0, context.world_size)
 
 
 def load_outcome(context: StageContext[Any], number: int, candidates: Sequence[Candidate]) -> Outcome | None:
     """What step `number` decided about `candidates` before the stage was cut off; None where it did not come to that."""
-    path = context.checkpoints / f"checkpoint-{number}"
+    path = directory_of(context.checkpoints, number)
     if not (path / MARKER).is_file():
+        return None
+    if wrong := faults(path):
+        print(f"{path} is not used: {wrong[0]}", flush=True)
         return None
     return _decode((path / FILE).read_text(encoding="utf-8"), candidates)
 
@@ -43,7 +46,7 @@ def save_outcome(context: StageContext[Any], number: int, candidates: Sequence[C
     """Save what step `number` decided about `candidates`. Returns it as a later attempt will load it."""
     text = _encode(candidates, outcome)
     if context.is_main:
-        path = context.checkpoints / f"checkpoint-{number}"
+        path = directory_of(context.checkpoints, number)
         path.mkdir(parents=True, exist_ok=True)
         disk.write_text(path / FILE, text)
         mark_complete(path, number, context.world_size)

@@ -19,6 +19,6 @@ if TYPE_CHECKING:
 Launch = Callable[[Path, Attempt], None]
 
 
-def open_launcher(config: LauncherConfig, console: "Console") -> AbstractContextManager[Launch]:
-    """The launcher of that config, made ready."""
-    return {"local": local_launcher}[config.kind](console)
+def open_launcher(config: LauncherConfig, console: "Console", deadline: float) -> AbstractContextManager[Launch]:
+    """The launcher of that config, made ready. What it runs stops in order before `deadline`, a time of the monotonic clock."""
+    return {"local": local_launcher}[config.kind](console, deadline)

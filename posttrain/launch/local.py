@@ -9,6 +9,7 @@ process of the lowest priority prepares the data of stages that come later (`pos
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 from posttrain import disk
 from posttrain.artifact import FILE as ARTIFACT_FILE
 from posttrain.artifact import OUTPUT
-from posttrain.error import EXIT_PREEMPTED, Preempted, StageFailed, UserError
+from posttrain.error import EXIT_PREEMPTED, Preempted, StageFailed, UserError, heed_signals
 from posttrain.ledger import PREFLIGHT_FILE, Attempt
 from posttrain.progress import Watcher
 from posttrain.worker import ERROR_FILE, Phase, work_ahead, worker
@@ -31,23 +32,28 @@ if TYPE_CHECKING:
 PRELOAD = ["__main__", "posttrain.warm"]
 POLL_S = 0.2
 STOP_WITHIN_S = 8.0
-"""How long ranks may take to save and stop after Ctrl-C or another rank's end, before they are killed."""
-SAVE_WITHIN_S = 60.0
-"""How long they may take when the driver itself was signalled, as schedulers do some time before they kill."""
+"""How long ranks may take to stop after another rank's end, before they are killed: without it they can save nothing."""
+SAVE_WITHIN_S = 600.0
+"""How long they may take to save and stop when the driver was signalled. Whoever has no time for it kills the driver, or
+presses Ctrl-C again."""
+MARGIN_S = 5.0
+"""Seconds of the time limit that are left beside those of a step and of saving."""
+UNMEASURED_S = 30.0
+"""What saving is taken to need before it was measured."""
 
 
 @contextmanager
-def local_launcher(console: "Console") -> Iterator[Callable[[Path, Attempt], None]]:
-    """Start the warm parent, whose imports go on in the background, and yield the function that launches a stage."""
+def local_launcher(console: "Console", deadline: float) -> Iterator[Callable[[Path, Attempt], None]]:
+    """Start the warm parent, whose imports go on in the background, and yield the function that launches a stage.
+
+    It raises `Preempted`, its state saved, so that all has ended by `deadline`, a time of the monotonic clock.
+    """
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     # Libraries that start threads at import would have them in the parent, where a fork loses them.
-    # Threads that wait by spinning take the core from whatever else runs here, and from the very thread they wait for.
-    wait = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     with _environment(
         OPENBLAS_NUM_THREADS="1",
         OMP_NUM_THREADS="1",
-        OMP_WAIT_POLICY=wait,
         TOKENIZERS_PARALLELISM="false",
         POSTTRAIN_DRIVER=str(os.getpid()),
     ):
@@ -62,7 +68,7 @@ def local_launcher(console: "Console") -> Iterator[Callable[[Path, Attempt], Non
             if not (directory / OUTPUT).is_dir():
                 (directory / PREFLIGHT_FILE).unlink(missing_ok=True)  # it tells of the attempt before
                 try:
-                    _run_phase(directory, attempt, "prepare", 1, watcher)
+                    _run_phase(directory, attempt, "prepare", 1, watcher, deadline)
                 finally:
                     _tell_summary(directory, console)
                 _run_phase(
@@ -71,9 +77,10 @@ def local_launcher(console: "Console") -> Iterator[Callable[[Path, Attempt], Non
                     "run",
                     attempt.num_processes,
                     watcher,
+                    deadline,
                     started=lambda: background.enter_context(_working_ahead(directory, attempt)),
                 )
-            _run_phase(directory, attempt, "verify", 1, watcher)
+            _run_phase(directory, attempt, "verify", 1, watcher, deadline)
         if not (directory / ARTIFACT_FILE).is_file():
             raise StageFailed(f"stages.{attempt.name}: ended without an artifact; its logs are in {attempt.logs(directory)}")
 
@@ -103,7 +110,13 @@ def _working_ahead(directory: Path, attempt: Attempt) -> Iterator[None]:
 
 
 def _run_phase(
-    directory: Path, attempt: Attempt, phase: Phase, world_size: int, watcher: Watcher, started: Callable[[], None] = lambda: None
+    directory: Path,
+    attempt: Attempt,
+    phase: Phase,
+    world_size: int,
+    watcher: Watcher,
+    deadline: float,
+    started: Callable[[], None] = lambda: None,
 ) -> None:
     """Run a phase on fresh processes to its end. `started` is called once they are forked."""
     context = get_context("forkserver")
@@ -129,7 +142,9 @@ def _run_phase(
         while all(process.exitcode in (None, 0) for process in ranks) and any(process.exitcode is None for process in ranks):
             connection.wait([process.sentinel for process in ranks if process.exitcode is None], timeout=POLL_S)
             watcher.show()
-    except Preempted:
+            if time.monotonic() > deadline - _reserve_s(watcher):
+                raise Preempted(f"stages.{attempt.name}: the time limit is near")
+    except (Preempted, KeyboardInterrupt):
         within_s = SAVE_WITHIN_S
         raise
     finally:
@@ -138,21 +153,32 @@ def _run_phase(
     _raise_failure(directory, attempt, ranks, stopped)
 
 
+def _reserve_s(watcher: Watcher) -> float:
+    """Seconds that it takes to stop in order: the rest of a step, and to save, as both were measured."""
+    state = watcher.state
+    save_s = state.get("save_s") or UNMEASURED_S
+    return float(MARGIN_S + state.get("step_time_s", 0.0) + 1.5 * save_s) if state.get("phase") == "train" else MARGIN_S
+
+
 def _stop(ranks: list[ForkServerProcess], within_s: float) -> list[ForkServerProcess]:
-    """Ask the ranks that are left to save and stop, and kill those that do not in time. Returns whom it asked."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ask the ranks that are left to save and stop, and kill those that do not in time, or all at once where Ctrl-C is pressed
+    meanwhile. Returns whom it asked."""
+    is_hurried = threading.Event()
     left = [process for process in ranks if process.exitcode is None]
-    try:
-        for process in left:
-            process.terminate()
-        deadline = time.monotonic() + within_s
-        for process in left:
-            process.join(max(0.0, deadline - time.monotonic()))
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with heed_signals(lambda signum: None):
+        before = signal.signal(signal.SIGINT, lambda *_: is_hurried.set())
+        try:
+            for process in left:
+                process.terminate()
+            deadline = time.monotonic() + within_s
+            while any(process.exitcode is None for process in left) and time.monotonic() < deadline and not is_hurried.is_set():
+                connection.wait([process.sentinel for process in left if process.exitcode is None], timeout=POLL_S)
+            for process in left:
+                if process.exitcode is None:
+                    process.kill()
+                    process.join()
+        finally:
+            signal.signal(signal.SIGINT, before)
     return left
 
 
