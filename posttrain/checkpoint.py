@@ -9,7 +9,6 @@ What has no marker, or whose marker, sizes or hashes do not fit, is never used. 
 many ranks wrote it and how they shared it out (`posttrain/state.py`). Imports no torch.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -62,12 +61,8 @@ def last_complete(checkpoints: Path) -> Checkpoint | None:
 def read_checkpoint(path: Path) -> Checkpoint | None:
     """What the marker of a checkpoint says, or None where there is none, or one that was damaged."""
     try:
-        record = json.loads((path / MARKER).read_text(encoding="utf-8"))
-        promised = record.pop("sha256")
-        if promised != disk.hash_json(record):
-            return None
-        return Checkpoint(path, **record)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Checkpoint(path, **disk.read_sealed(path / MARKER))
+    except (OSError, ValueError, TypeError):
         return None  # a marker that cannot be read marks nothing
 
 
@@ -120,7 +115,7 @@ def mark_complete(
         files[name] = known.get(name) or {"bytes": file.stat().st_size, "sha256": disk.hash_file(file)}
     disk.sync_directory(path)
     said = {"step": step, "world_size": world_size, "belongs_to": dict(belongs_to or {}), "metrics": dict(metrics or {}), "files": files}
-    disk.write_json(path / MARKER, {**said, "sha256": disk.hash_json(said)})
+    disk.write_sealed(path / MARKER, said)
 
 
 def prune(checkpoints: Path, keep: KeepPolicy) -> None:

@@ -33,6 +33,7 @@ from transformers.optimization import get_scheduler
 from transformers.training_args import OptimizerNames
 from trl.trainer.utils import FusedCausalLMOutput
 
+from posttrain import disk
 from posttrain.batch import GlobalBatches, count_steps
 from posttrain.chat import ChatContract
 from posttrain.checkpoint import Checkpoint
@@ -110,8 +111,9 @@ def _refusal(config: TrainingConfig, arguments_class: type[Any], trainer: dict[s
     """What optimizer, schedule and loader, made with `trainer` for a model of one number, say against it; None where they take it."""
     defaults = {field.name: field.default for field in fields(arguments_class) if field.default is not MISSING}
     settings: Any = SimpleNamespace(**{**defaults, "learning_rate": config.learning_rate, **trainer})
+    samples: Any = [0]
     try:
-        DataLoader([0], num_workers=settings.dataloader_num_workers, prefetch_factor=settings.dataloader_prefetch_factor)
+        DataLoader(samples, num_workers=settings.dataloader_num_workers, prefetch_factor=settings.dataloader_prefetch_factor)
         if config.optim in PLAIN_OPTIMIZERS:
             settings.optim = OptimizerNames(config.optim)
             optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(settings)
@@ -564,7 +566,7 @@ def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: l
     given: Input = context.input(role)
     belongs_to = {
         "input policy": given.fingerprint,
-        "prepared data": trainer.prepared.path.name,
+        "prepared data": disk.read_sealed(trainer.prepared.path / disk.MANIFEST)["files"]["rows.arrow"]["sha256"],
         "num_samples": num_samples,
         "global_batch_size": config.global_batch_size,
         "num_steps": num_steps,

@@ -105,10 +105,17 @@ class Saver:
             **said,
         }
 
+        held = [0.0]
+
         def work() -> None:
             try:
                 self._write(path, step, tensors, record, metrics)
                 self.last_s = time.monotonic() - started
+                if context.is_main:
+                    size = f"{self.num_bytes / 1e6:,.1f} MB"
+                    print(
+                        f"checkpoint of step {step}: {size}, training waited {held[0]:.2f} s, whole after {self.last_s:.2f} s", flush=True
+                    )
             except BaseException as error:
                 self._error = error
 
@@ -116,6 +123,7 @@ class Saver:
         self.num_saves += 1
         self._thread = threading.Thread(target=work, daemon=True)
         self._thread.start()
+        held[0] = time.monotonic() - started
         if not has_room:
             self.wait()
         self.held_s += time.monotonic() - started
