@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.optimization import get_scheduler
 from transformers.training_args import OptimizerNames
-from trl.trainer.utils import FusedCausalLMOutput
+from trl.trainer.utils import FusedCausalLMOutput, disable_dropout_in_model
 
 from posttrain import disk
 from posttrain.batch import GlobalBatches, count_steps
@@ -274,7 +274,7 @@ def _peft_config(config: TrainingConfig) -> Any:
 
 
 class OurOrder(Trainer):
-    """Mixed into a TRL trainer: steps come from `GlobalBatches`, and each is computed as a number of micro-batches.
+    """Mixed into a trainer, TRL's or `OwnLoss`: steps come from `GlobalBatches`, and each is computed as a number of micro-batches.
 
     A stage's trainer says of its samples what groups they are, and what TRL's loss wants to know of them.
     """
@@ -521,6 +521,50 @@ class OurOrder(Trainer):
         table = model.get_input_embeddings().weight
         whole = {name for name, parameter in model.named_parameters() if parameter is not table} if hasattr(model, "peft_config") else names
         return [name for name in names if name in whole]
+
+
+class OwnLoss(OurOrder):
+    """A trainer whose loss is ours and no trainer of TRL: a mean over samples of what `losses` says of each."""
+
+    def __init__(self, fitting: Fitting) -> None:
+        """With adapters, where the config asks for them, and without dropout, which a preference would be blurred by."""
+        model: Any = fitting.model
+        disable_dropout_in_model(model)
+        arguments = fitting.arguments
+        if fitting.peft_config is not None:
+            from peft import get_peft_model
+
+            zero = arguments.deepspeed_plugin
+            # ZeRO-3 gathers parameters of one type only.
+            model = get_peft_model(model, fitting.peft_config, autocast_adapter_dtype=zero is None or zero.zero_stage != 3)
+            if arguments.gradient_checkpointing:
+                model.enable_input_require_grads()
+        super().__init__(model=model, args=arguments, processing_class=fitting.tokenizer)
+        config = bare_model(model).config.get_text_config()
+        self.router_aux_loss_coef = getattr(config, "router_aux_loss_coef", 0.0)
+        self.aux_loss_enabled = hasattr(config, "output_router_logits") and self.router_aux_loss_coef != 0.0
+        self._metrics = defaultdict(lambda: defaultdict(list))
+
+    def losses(self, output: FusedCausalLMOutput) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Of what the model answers to a micro-batch: the loss of each sample, `(B,)`, and figures of each for the log."""
+        raise NotImplementedError
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The mean loss of a micro-batch; its figures go to the log."""
+        output = model(**inputs, **({"output_router_logits": True} if self.aux_loss_enabled else {}), fused_lm_head=True)
+        each, figures = self.losses(output)
+        loss = each.mean()
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * output.aux_loss
+            figures = {**figures, "aux_loss": output.aux_loss}
+        for name, values in figures.items():
+            self._metrics["train"][name].append(float(values.detach().mean()))
+        return (loss, output) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the figures of the step."""
+        super().log({**logs, **{name: sum(values) / len(values) for name, values in self._metrics["train"].items()}}, start_time)
+        self._metrics["train"] = {}
 
 
 class _MicroBatches(Dataset[dict[str, Any]]):

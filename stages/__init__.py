@@ -4,5 +4,6 @@ STAGES = {
     "curate": "stages.curate",
     "sft": "stages.sft",
     "dpo": "stages.dpo",
+    "orpo": "stages.orpo",
     "eval": "stages.eval",
 }
