@@ -43,13 +43,13 @@ from posttrain.data.samples import Encoder
 from posttrain.error import Preempted, UserError, heed_signals
 from posttrain.forward import to_batch, to_device
 from posttrain.layout import Group, Layout, restore_attention
-from posttrain.models import check_weights, load_policy, load_tokenizer, publish, stored_dtype, train_new_tokens
+from posttrain.models import LOADERS, check_weights, load_tokenizer, publish, stored_dtype, train_new_tokens
 from posttrain.preflight import fatal_faults, preflight
 from posttrain.progress import Progress
 from posttrain.recipe import TrainingConfig
 from posttrain.saver import Saver, any_rank, find_whole
 from posttrain.settle import MOST_TOKENS, settle
-from posttrain.stage import Input, StageContext
+from posttrain.stage import ArtifactKind, Input, StageContext
 from posttrain.state import Saved, fragments, random_state, restore, set_random_state
 
 OWNED = {
@@ -82,6 +82,8 @@ class Fitting:
     contract: ChatContract
     arguments: Any
     peft_config: Any
+    output: ArtifactKind
+    """What is trained."""
 
 
 def check_trainer_fields(config: TrainingConfig, arguments_class: type[Any], at: str) -> None:
@@ -184,7 +186,9 @@ def read_deepspeed(path: str, at: str) -> dict[str, Any]:
     return config
 
 
-def open_fitting(context: StageContext[Any], arguments_class: type[Any], role: str = "policy", **fields: Any) -> Fitting:
+def open_fitting(
+    context: StageContext[Any], arguments_class: type[Any], role: str = "policy", output: ArtifactKind = "policy", **fields: Any
+) -> Fitting:
     """Arguments, tokenizer and model of a training stage; `fields` go to TRL's config class."""
     config: TrainingConfig = context.config
     progress = Progress(context.directory, is_main=context.is_main)
@@ -201,10 +205,11 @@ def open_fitting(context: StageContext[Any], arguments_class: type[Any], role: s
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"{context.at}: {arguments_class.__name__} refuses its settings: {' '.join(str(error).split())[:300]}") from error
     dtype = torch.bfloat16 if config.lora and config.uses_bf16 else torch.float32
-    model = load_policy(given.model, tokenizer, contract, context.at, dtype=dtype, attn_implementation=config.attn_implementation)
+    torch.manual_seed(config.seed)  # a new head is drawn at random
+    model = LOADERS[output](given.model, tokenizer, contract, context.at, dtype=dtype, attn_implementation=config.attn_implementation)
     if config.lora is not None:
         _check_targets(model, config.lora.target_modules, context.at)
-    return Fitting(model, tokenizer, contract, arguments, _peft_config(config))
+    return Fitting(model, tokenizer, contract, arguments, _peft_config(config, output), output)
 
 
 def _check_targets(model: PreTrainedModel, targets: str | list[str], at: str) -> None:
@@ -265,12 +270,12 @@ def _ready_deepspeed() -> None:
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
 
 
-def _peft_config(config: TrainingConfig) -> Any:
+def _peft_config(config: TrainingConfig, output: ArtifactKind) -> Any:
     if config.lora is None:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(task_type="CAUSAL_LM", **config.lora.model_dump())
+    return LoraConfig(task_type="CAUSAL_LM" if output == "policy" else "SEQ_CLS", **config.lora.model_dump())
 
 
 class OurOrder(Trainer):
@@ -660,6 +665,7 @@ def _publish(
         fitting.contract,
         probe_ids,
         given=given,
+        kind=fitting.output,
         dtype=stored_dtype(given.model) if config.save_dtype == "auto" else getattr(torch, config.save_dtype),
         forward=trainer.model_wrapped,
     )

@@ -46,8 +46,28 @@ def attach(model: PreTrainedModel, *, outputs: Collection[str] = ("log_probs",))
 
     The forward without `fused_lm_head` stays the model's own, and so does generation.
     """
-    plain = functools.partial(type(model).forward, model)
     scale, softcap = _logit_transform(model.config.get_text_config())
+
+    def head(hidden: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        table: Any = model.get_output_embeddings()
+        with maybe_gather_lm_head_ctx(table.weight, table.bias):
+            return score(hidden, table.weight, table.bias, targets, scale=scale, softcap=softcap, outputs=outputs)._asdict()
+
+    _attach(model, head)
+
+
+def attach_rewards(model: PreTrainedModel) -> None:
+    """The same for a reward model: what its head says where a token is predicted stands in the place of that token's log-probability.
+
+    So a group whose branches end with one more token, which alone is counted, is scored at the end of each branch.
+    """
+    score_head: Any = model.score
+    _attach(model, lambda hidden, _: {"log_probs": score_head(hidden)[:, 0].float()})
+
+
+def _attach(model: PreTrainedModel, head: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]) -> None:
+    """`head` is given hidden states `(N, H)` and the tokens `(N,)` to be predicted from them, and answers with fields `(N,)`."""
+    plain = functools.partial(type(model).forward, model)
     config = model.config.get_text_config()
 
     @functools.wraps(type(model).forward)
@@ -65,14 +85,10 @@ def attach(model: PreTrainedModel, *, outputs: Collection[str] = ("log_probs",))
             with without_mask():
                 backbone = self.base_model(**kwargs, laid=laid)
             hidden, targets = backbone.last_hidden_state[0].index_select(0, laid["predictors"]), laid["targets"]
-        head = self.get_output_embeddings()
-        with maybe_gather_lm_head_ctx(head.weight, head.bias):
-            scores = score(hidden, head.weight, head.bias, targets, scale=scale, softcap=softcap, outputs=outputs)
+        scores = head(hidden, targets)
         # Selected positions are scored, and TRL reads a padded grid.
         places = mask.reshape(-1).nonzero()[:, 0] if laid is None else laid["places"]
-        in_grid = {
-            name: values.new_zeros(mask.numel()).index_copy(0, places, values).view(mask.shape) for name, values in scores._asdict().items()
-        }
+        in_grid = {name: values.new_zeros(mask.numel()).index_copy(0, places, values).view(mask.shape) for name, values in scores.items()}
         return FusedCausalLMOutput(label_mask=mask, aux_loss=_aux_loss(config, backbone, kwargs), **in_grid)
 
     model.forward = types.MethodType(forward, model)

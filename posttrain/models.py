@@ -6,24 +6,41 @@ the trained model, logits on a probe batch against those of the live model, and 
 
 import contextlib
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.hub import cached_file
 
 from posttrain import disk
 from posttrain.artifact import OUTPUT
 from posttrain.chat import ChatContract, adopt, apply_to_generation, check_contract, establish, read_contract
 from posttrain.config import ModelSource
-from posttrain.error import UserError
-from posttrain.stage import Input, StageContext
+from posttrain.error import Preempted, UserError
+from posttrain.sandbox import MAX_TEMPLATE_CHARS
+from posttrain.stage import ArtifactKind, Input, StageContext
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""Files of a model that transformers reads as JSON objects, whose keys decide what it loads."""
+TEMPLATE_FILE = "chat_template.jinja"
+ADAPTER_FILE = "adapter_config.json"
+MAX_SETTINGS_BYTES = 64 << 20
 PROBE_FILE = "probe.safetensors"
 PUBLISHED_FILE = "published.json"
 ADAPTER = "adapter"
@@ -43,8 +60,11 @@ def load_tokenizer(
     Reads no weights. Raises `UserError` where the model's files are no model, and where a policy with a contract is asked to change it.
     """
     source = given.model
+    check_files(given, at)
     with _explain(source, f"{at}: {given.name}"):
         tokenizer = AutoTokenizer.from_pretrained(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    if not len(tokenizer):
+        raise UserError(f"{at}: {given.name}: {source.model} holds no tokenizer; copy the tokenizer files of the model there")
     own = read_contract(Path(source.model))
     template = _read_template(chat_template, at)
     if own is not None:
@@ -62,19 +82,120 @@ def load_tokenizer(
     return tokenizer, establish(tokenizer, generation, template=template, system_prompt=system_prompt, at=at)
 
 
-def check_weights(given: Input, at: str) -> None:
-    """Raise `UserError` where a local model has no weights: a tokenizer alone can be inspected with, and not trained."""
+def check_files(given: Input, at: str) -> None:
+    """Raise `UserError` where a model's settings are damaged, or ask for what its source does not permit: code, pickles, another model.
+
+    Nothing of transformers has read the files by then.
+    """
     source = given.model
-    directory = Path(source.model)
-    if source.revision is None and not any((directory / name).is_file() for name in WEIGHTS):
+    at = f"{at}: {given.name}"
+    for name in SETTINGS:
+        path = _find(source, name)
+        if path is None:
+            continue
+        settings = _read_settings(path, at)
+        if "auto_map" in settings and not source.trust_remote_code:
+            raise UserError(
+                f"{at}: {path} asks for Python code that the model ships (auto_map); set sources.{given.name}.trust_remote_code: true once "
+                "you have read that code, or take auto_map out where transformers knows the architecture itself"
+            )
+        if kernel := next(_kernels(settings), None):
+            raise UserError(f"{at}: {path} asks for code from the Hub ({kernel}); take that key out")
+        weights = settings.get("transformers_weights")
+        if weights is not None and not (isinstance(weights, str) and weights.endswith((".safetensors", ".safetensors.index.json"))):
+            raise UserError(f"{at}: {path} names {weights!r} as its weights, which are no safetensors; take transformers_weights out")
+    template = _find(source, TEMPLATE_FILE)
+    if template is not None and template.stat().st_size > 4 * MAX_TEMPLATE_CHARS:
+        raise UserError(f"{at}: {template} is over {4 * MAX_TEMPLATE_CHARS >> 20} MiB, so it is no chat template")
+    if _find(source, ADAPTER_FILE) is not None:
+        raise UserError(f"{at}: {source.model} holds an adapter ({ADAPTER_FILE}), which names another model; merge it into that one first")
+    if source.revision is None and not source.allow_pickle and not _weights(source, WEIGHTS) and (found := _weights(source, PICKLES)):
         raise UserError(
-            f"{at}: {given.name}: {source.model} holds none of {', '.join(WEIGHTS)}, so it is no model directory with safetensors weights"
+            f"{at}: {found} is a pickle, which may run code when it is loaded, and there are no safetensors; convert the weights, "
+            f"or set sources.{given.name}.allow_pickle: true"
         )
+
+
+def _find(source: ModelSource, name: str) -> Path | None:
+    """Where a file of a model lies on this disk, fetched from the Hub where it is not here yet; None where the model has none."""
+    found = cached_file(
+        source.model,
+        name,
+        revision=source.revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(found) if found else None
+
+
+def _kernels(settings: dict[str, Any]) -> Iterator[str]:
+    """Kernels of the Hub that the settings of a model, or of a part of it, name; a slash makes a name one."""
+    for key, value in settings.items():
+        if key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+            yield f"{key}: {value}"
+        elif isinstance(value, dict):
+            yield from _kernels(value)
+
+
+def _weights(source: ModelSource, names: Sequence[str]) -> Path | None:
+    return next((path for name in names if (path := Path(source.model) / name).is_file()), None)
+
+
+def _read_settings(path: Path, at: str) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_SETTINGS_BYTES:
+            raise UserError(f"{at}: {path} is over {MAX_SETTINGS_BYTES >> 20} MiB, so it is no settings of a model; copy it again")
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{at}: {path} is damaged ({_one_line(error)}); copy it again") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{at}: {path} must hold a JSON object; copy it again")
+    return settings
+
+
+def check_weights(given: Input, at: str) -> None:
+    """Raise `UserError` where a local model's weights are missing or cut off, or nobody knows what they are the weights of.
+
+    A tokenizer alone can be inspected with, and not trained.
+    """
+    source = given.model
+    check_files(given, at)
+    at = f"{at}: {given.name}"
+    if source.revision is not None:
+        return
+    found = _weights(source, (*WEIGHTS, *PICKLES))
+    if found is None:
+        raise UserError(f"{at}: {source.model} holds none of {', '.join(WEIGHTS)}, so it is no model directory with safetensors weights")
+    for path in _shards(found, at) if found.suffix == ".json" else [found]:
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "pt"):  # reads the header, and knows how long the file must be
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{at}: {path} is damaged ({_one_line(error)}); copy it again") from None
+    with _explain(source, at):
+        AutoConfig.from_pretrained(source.model, trust_remote_code=source.trust_remote_code)
+
+
+def _shards(index: Path, at: str) -> list[Path]:
+    """The files of weights that an index names, all of which must lie beside it."""
+    record = _read_settings(index, at)
+    names = record.get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()) or "metadata" not in record:
+        raise UserError(f"{at}: {index} has no metadata, or no weight_map of tensors to files; copy it again")
+    for name in sorted(set(names.values())):
+        # By the name alone: in the cache of the Hub, files are links to elsewhere.
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{at}: {index} names {name!r}, which lies outside of the model's directory")
+        if not (index.parent / name).is_file():
+            raise UserError(f"{at}: {index} names {name!r}, which is not there; copy it too")
+    return [index.parent / name for name in sorted(set(names.values()))]
 
 
 def load_generation_config(source: ModelSource) -> GenerationConfig:
     """The generation config of a model, or the defaults that its config implies."""
-    with contextlib.suppress(OSError):
+    if _find(source, "generation_config.json") is not None:
         return GenerationConfig.from_pretrained(source.model, revision=source.revision or "main")
     config = AutoConfig.from_pretrained(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
     return GenerationConfig.from_model_config(config)
@@ -93,24 +214,66 @@ def load_policy(
 
     `dtype` is a torch type or `auto`, the stored one. Under DeepSpeed ZeRO-3 the weights are sharded while they are read.
     """
+    model = _load(AutoModelForCausalLM, source, at, dtype=dtype, attn_implementation=attn_implementation)
+    _add_tokens(model, tokenizer, contract)
+    apply_to_generation(contract, tokenizer, model)
+    return model
+
+
+def load_reward_model(
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    contract: ChatContract,
+    at: str,
+    *,
+    dtype: Any,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """A model with one number for a whole sequence, that knows every token of its contract; a policy gets a new, random head.
+
+    The number is read off the last token that is no padding.
+    """
+    model = _load(
+        AutoModelForSequenceClassification,
+        source,
+        at,
+        new=("score.weight",),
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        num_labels=1,
+    )
+    _add_tokens(model, tokenizer, contract)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _load(auto_class: Any, source: ModelSource, at: str, *, new: Sequence[str] = (), **options: Any) -> PreTrainedModel:
+    """The model, all of whose weights are there but those that may be `new`."""
     with _explain(source, at):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class.from_pretrained(
             source.model,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
+            use_safetensors=None if source.allow_pickle else True,  # None takes them where they are
+            weights_only=True,
+            ignore_mismatched_sizes=True,  # they are told below, by name
             output_loading_info=True,
+            **options,
         )
     model, loading = loaded
-    if missing := sorted(loading["missing_keys"]):
+    for name, stored, wanted in sorted(loading["mismatched_keys"]):
+        raise UserError(
+            f"{at}: {source.model} has weights of the shape {list(stored)} for {name}, and config.json says {list(wanted)}; copy it again"
+        )
+    if missing := sorted(set(loading["missing_keys"]) - set(new)):
         raise UserError(
             f"{at}: {source.model} has no weights for {missing[0]}, one of {len(missing)}; its config.json promises more than is there"
         )
-    _add_tokens(model, tokenizer, contract)
-    apply_to_generation(contract, tokenizer, model)
     return model  # type: ignore[no-any-return]
+
+
+LOADERS: dict[ArtifactKind, Any] = {"policy": load_policy, "reward_model": load_reward_model}
+AUTO_CLASSES: dict[ArtifactKind, Any] = {"policy": AutoModelForCausalLM, "reward_model": AutoModelForSequenceClassification}
 
 
 def stored_dtype(source: ModelSource) -> torch.dtype:
@@ -204,6 +367,7 @@ def publish(
     probe_ids: list[list[int]],
     *,
     given: Input,
+    kind: ArtifactKind,
     dtype: torch.dtype,
     forward: torch.nn.Module,
 ) -> None:
@@ -213,6 +377,8 @@ def publish(
     LoRA model is merged into the input policy, read anew, and its adapter is kept beside it.
     """
     logits = _probe(forward, model, probe_ids)
+    if hasattr(forward, "empty_partition_cache"):
+        forward.empty_partition_cache()  # type: ignore[operator]  # ZeRO-3 fetches ahead, also beyond the last forward pass
     state = gather_state(model, keep=context.is_main)
     if not context.is_main:
         return
@@ -220,7 +386,7 @@ def publish(
     context.output.mkdir(parents=True)
     save_file({"ids": torch.tensor(probe_ids), "logits": logits}, str(context.directory / PROBE_FILE))
     if hasattr(model, "peft_config"):
-        model, state = _merge(context, model, state, tokenizer, contract, given)
+        model, state = _merge(context, model, state, tokenizer, contract, given, kind)
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     model.save_pretrained(context.output, state_dict=state)
     model.config.dtype = dtype  # after the weights: saving them writes down the type they were trained in
@@ -237,6 +403,7 @@ def _merge(
     tokenizer: PreTrainedTokenizerBase,
     contract: ChatContract,
     given: Input,
+    kind: ArtifactKind,
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     from peft import PeftModel
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -244,20 +411,21 @@ def _merge(
     adapter = context.output / ADAPTER
     model.save_pretrained(adapter, state_dict=state, save_embedding_layers=_brings_tokens(model, contract))
     unset_hf_deepspeed_config()  # the merge happens on this rank alone, in whole weights
-    base = load_policy(given.model, tokenizer, contract, context.at, dtype=torch.float32)
+    base = LOADERS[kind](given.model, tokenizer, contract, context.at, dtype=torch.float32)
     merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     return merged, gather_state(merged, keep=True)
 
 
-def probe_rows(dataset: Any, columns: tuple[str, ...]) -> list[list[int]]:
-    """Two rows of token ids, `(2, T)`, cut to one length, for comparing a model before and after the hand-off."""
-    rows = [[token for column in columns for token in dataset[index][column]][:PROBE_TOKENS] for index in (0, len(dataset) - 1)]
+def probe_rows(dataset: Any, columns: tuple[str, ...], count: int = 2) -> list[list[int]]:
+    """Rows of token ids, `(count, T)`, cut to one length, for comparing a model before and after the hand-off."""
+    indices = [round(number * (len(dataset) - 1) / (count - 1)) for number in range(count)]
+    rows = [[token for column in columns for token in dataset[index][column]][:PROBE_TOKENS] for index in indices]
     length = min(map(len, rows))
     return [row[:length] for row in rows]
 
 
 def _probe(forward: torch.nn.Module, model: PreTrainedModel, ids: list[list[int]]) -> torch.Tensor:
-    """Logits `(B, K, V)` at the last positions of the probe rows, in float32 on the CPU."""
+    """Logits `(B, K, V)` at the last positions of the probe rows, or their rewards `(B, 1)`, in float32 on the CPU."""
     was_training = forward.training
     forward.eval()
     with torch.no_grad():
@@ -267,14 +435,14 @@ def _probe(forward: torch.nn.Module, model: PreTrainedModel, ids: list[list[int]
     return logits.float().cpu().contiguous()
 
 
-def verify_published(context: StageContext[Any]) -> dict[str, float]:
+def verify_published(context: StageContext[Any], kind: ArtifactKind) -> dict[str, float]:
     """Reload the stage's output as any user would, and compare it with the live model. Raises `UserError` on a mismatch.
 
     Returns the root mean square difference of the probe logits, in standard deviations of all logits.
     """
     output = context.directory / OUTPUT
     at = f"{context.at}: {output}"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(output, dtype="auto", output_loading_info=True)
+    loaded: Any = AUTO_CLASSES[kind].from_pretrained(output, dtype="auto", output_loading_info=True)
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]) + sorted(loading["unexpected_keys"]):
         raise RuntimeError(f"{at}: reloading it misses or invents tensors: {missing[:5]}")
@@ -306,6 +474,8 @@ def _verify_contract(output: Path, tokenizer: PreTrainedTokenizerBase, model: An
     contract = read_contract(output)
     assert contract is not None, f"{at}: published without a chat contract"
     check_contract(contract, tokenizer, at)
+    if not model.can_generate():
+        return
     stops = model.generation_config.eos_token_id
     promised = _token_ids(tokenizer, contract.stop_tokens)
     if sorted(stops if isinstance(stops, list) else [stops]) != promised:
@@ -332,8 +502,11 @@ def _describe(tensor: torch.Tensor) -> list[Any]:
 def _read_template(chat_template: str | None, at: str) -> str | None:
     if chat_template is None:
         return None
+    path = Path(chat_template)
     try:
-        return Path(chat_template).read_text(encoding="utf-8")
+        if path.stat().st_size > 4 * MAX_TEMPLATE_CHARS:
+            raise UserError(f"{at}.chat_template: {path} is over {4 * MAX_TEMPLATE_CHARS >> 20} MiB, so it is no chat template")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{at}.chat_template: {chat_template} cannot be read ({reason}); give the path of a Jinja file") from None
@@ -344,6 +517,11 @@ def _explain(source: ModelSource, at: str) -> Iterator[None]:
     """One line for the user where transformers cannot load what a source names."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{at}: {source.model} cannot be loaded as a causal language model: {reason}") from error
+    except (Preempted, MemoryError):
+        raise
+    except Exception as error:  # files that a stranger made may fail in any way, and `tokenizers` raises plain exceptions
+        raise UserError(f"{at}: {source.model} cannot be loaded as a causal language model: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -192,10 +192,10 @@ def _process_group(context: StageContext[Any]) -> Iterator[None]:
 
 def _verify(attempt: Attempt, stage: Stage[Any], context: StageContext[Any]) -> None:
     metrics = dict(disk.read_json(context.directory / METRICS_FILE) or {})
-    if stage.output == "policy":
+    if stage.output in ("policy", "reward_model"):
         from posttrain.models import verify_published
 
-        metrics |= verify_published(context)
+        metrics |= verify_published(context, stage.output)
     # Once the output is verified, a resumed attempt goes on from it. To remove large files takes as long as to hash them.
     removal = threading.Thread(target=shutil.rmtree, args=(context.checkpoints,), kwargs={"ignore_errors": True})
     removal.start()

@@ -3,6 +3,7 @@
 STAGES = {
     "curate": "stages.curate",
     "sft": "stages.sft",
+    "reward": "stages.reward",
     "dpo": "stages.dpo",
     "orpo": "stages.orpo",
     "eval": "stages.eval",
