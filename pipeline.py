@@ -9,18 +9,21 @@ Imports no torch.
 import errno
 import functools
 import json
+import math
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from posttrain import artifact, disk, ledger
+from posttrain import artifact, disk, footprint, ledger
 from posttrain.checkpoint import last_complete
 from posttrain.config import (
     DataSource,
@@ -41,8 +44,10 @@ if TYPE_CHECKING:
 
     from posttrain.launch import Launch
 
-Action = Literal["run", "resume", "skip", "reuse", "rebuild", "drift", "running"]
+Action = Literal["run", "resume", "skip", "reuse", "rebuild", "drift", "damaged", "running"]
 WORK: tuple[Action, ...] = ("run", "resume", "rebuild")
+STARTED = time.monotonic()
+PLAIN_LINE_EVERY_S = 10.0
 NUM_AHEAD = 2
 """Later stages whose data are prepared while a stage trains."""
 
@@ -212,6 +217,8 @@ def decide(
     if attempt is None:
         return Decision("run", "not started")
     state = _resumable(node.directory)
+    if state is None and (fault := _published_fault(node.directory)):
+        return Decision("damaged", fault)
     if state is None:
         return Decision("run", f"attempt {attempt.number} left nothing to resume")
     if changes := differences(node, attempt, attempt.input_builds):
@@ -230,6 +237,8 @@ def _decide_finished(node: Node, finished: artifact.Artifact, pending: list[str]
         return Decision("rebuild", f"{', '.join(pending)} will be built")
     if again := _changed(finished.inputs, wanted):
         return Decision("rebuild", f"{', '.join(again)} was built again")
+    if fault := next(artifact.faults(finished, None), None):
+        return Decision("damaged", fault)
     return Decision("skip", f"finished {finished.finished}", finished.id)
 
 
@@ -237,8 +246,8 @@ def _find_finished(
     node: Node, wanted: dict[str, dict[str, str]], list_finished: Callable[[Path], Mapping[str, list[artifact.Artifact]]]
 ) -> artifact.Artifact | None:
     """A finished build of this very recipe from these very inputs, in another directory under the root."""
-    found = list_finished(node.root).get(node.fingerprint, [])
-    return next((build for build in found if build.directory != node.directory and build.inputs == wanted and build.output.is_dir()), None)
+    found = [build for build in list_finished(node.root).get(node.fingerprint, []) if build.directory != node.directory]
+    return next((build for build in found if build.inputs == wanted and not any(artifact.faults(build, None))), None)
 
 
 def _changed(builds: Mapping[str, Mapping[str, str]], wanted: Mapping[str, Mapping[str, str]]) -> list[str]:
@@ -272,10 +281,15 @@ def _plain(value: object) -> str:
 
 
 def _resumable(directory: Path) -> str | None:
-    if (directory / artifact.OUTPUT).is_dir():
+    if (directory / artifact.OUTPUT).is_dir() and _published_fault(directory) is None:
         return "its published output"
     last = last_complete(directory / "checkpoints")
     return f"the checkpoint of step {last.step}" if last else None
+
+
+def _published_fault(directory: Path) -> str | None:
+    """What is wrong, by its files' sizes, with an output that was published and not verified yet; None where there is none."""
+    return next(artifact.published_faults(directory, None), None) if (directory / artifact.OUTPUT).is_dir() else None
 
 
 def decide_all(nodes: Sequence[Node], rebuild: Sequence[str] = ()) -> list[tuple[Node, Decision]]:
@@ -311,8 +325,15 @@ def select(nodes: Sequence[Node], only: str | None, start: str | None, until: st
 # --- execute ---------------------------------------------------------------------------------------------------------
 
 
-def execute(nodes: Sequence[Node], selected: Sequence[Node], rebuild: Sequence[str], launcher: LauncherConfig, console: "Console") -> None:
-    """Do what `decide` says for each selected node, in order. The only function with side effects."""
+def execute(
+    nodes: Sequence[Node],
+    selected: Sequence[Node],
+    rebuild: Sequence[str],
+    launcher: LauncherConfig,
+    console: "Console",
+    deadline: float = math.inf,
+) -> None:
+    """Do what `decide` says for each selected node, in order, until `deadline` is near. The only function with side effects."""
     from posttrain.launch import open_launcher
 
     decisions = {node.name: decision for node, decision in decide_all(nodes, rebuild)}
@@ -325,16 +346,16 @@ def execute(nodes: Sequence[Node], selected: Sequence[Node], rebuild: Sequence[s
     with ExitStack() as stack:
         launch = None
         if any(decisions[node.name].action in WORK for node in selected):
-            launch = stack.enter_context(open_launcher(launcher, console))
+            launch = stack.enter_context(open_launcher(launcher, console, deadline))
         builds: dict[str, str | None] = {name: decision.build for name, decision in decisions.items()}
         for index, node in enumerate(selected):
             builds.update({entry.name: entry.fingerprint for entry in node.reads if isinstance(entry, Pinned)})
-            decision = decide(node, builds, rebuild)
+            decision = _distrust(node, decide(node, builds, rebuild), builds, console)
             _refuse(node, decision)
             console.print(f"{node.name}  {decision.action}: {decision.why}", highlight=False, soft_wrap=True)
             if decision.action in WORK:
                 if launch is None:  # what was to be reused is gone since
-                    launch = stack.enter_context(open_launcher(launcher, console))
+                    launch = stack.enter_context(open_launcher(launcher, console, deadline))
                 to_do = [later for later in selected[index + 1 :] if decisions[later.name].action in WORK]
                 _build(node, decision.action, launch, measured_on(nodes), to_do)
             elif decision.found:
@@ -348,6 +369,23 @@ def _refuse(node: Node, decision: Decision) -> None:
         raise UserError(f"{decision.why}; build it again with --rebuild {node.name}, or give the run a new name with run=NAME")
     if decision.action == "running":
         raise UserError(f"stages.{node.name}: {decision.why}; wait for it, or stop it")
+    if decision.action == "damaged":
+        raise _damaged(node, decision.why)
+
+
+def _damaged(node: Node, fault: str) -> UserError:
+    return UserError(f"stages.{node.name}: {fault}; put that right, or build the stage again with --rebuild {node.name}")
+
+
+def _distrust(node: Node, decision: Decision, builds: Mapping[str, str | None], console: "Console") -> Decision:
+    """The decision, or, where the build that it would reuse turns out damaged, one without it: only now is every byte looked at."""
+    if decision.found is None:
+        return decision
+    fault = next(artifact.faults(decision.found, disk.hash_file), None)
+    if fault is None:
+        return decision
+    console.print(f"{node.name}  not reused: {fault}", highlight=False, soft_wrap=True)
+    return decide(node, builds, list_finished=lambda _: {})
 
 
 def measured_on(nodes: Sequence[Node]) -> list[Pinned]:
@@ -360,7 +398,9 @@ def _build(node: Node, action: Action, launch: "Launch", held_out: Sequence[Pinn
     with _held(node):
         if action != "rebuild" and artifact.read_artifact(node.directory):
             raise UserError(f"stages.{node.name}: another process finished it just now; run the same command again to go on from there")
-        if action != "resume":
+        if action == "resume":
+            _drop_damaged_output(node)
+        else:
             _move_aside(node)
         try:
             launch(node.directory, _start(node, held_out, _foresee(to_do)))
@@ -374,7 +414,7 @@ def _reuse(node: Node, found: artifact.Artifact) -> None:
     with _held(node):
         _move_aside(node)
         _start(node)
-        for name in ledger.EVIDENCE:
+        for name in (artifact.RECORD, *artifact.EVIDENCE):
             if (found.directory / name).is_file():
                 disk.link_file(found.directory / name, node.directory / name)
         aside = node.directory / "output.partial"
@@ -391,8 +431,21 @@ def _held(node: Node) -> Iterator[None]:
             yield
 
 
-def _move_aside(node: Node) -> None:
-    disk.move_aside([node.directory / name for name in ledger.BUILT], node.root / node.run / ".old" / node.name)
+def _move_aside(node: Node, names: Sequence[str] = ledger.BUILT) -> Path | None:
+    return disk.move_aside([node.directory / name for name in names], node.root / node.run / ".old" / node.name)
+
+
+def _drop_damaged_output(node: Node) -> None:
+    """Move aside an output that was published, is not verified yet, and is not what was published; a checkpoint publishes it again."""
+    if not (node.directory / artifact.OUTPUT).is_dir():
+        return
+    fault = next(artifact.published_faults(node.directory, disk.hash_file), None)
+    if fault is None:
+        return
+    if last_complete(node.directory / "checkpoints") is None:
+        raise _damaged(node, fault)
+    kept = _move_aside(node, (artifact.OUTPUT, artifact.RECORD, *artifact.EVIDENCE))
+    click.echo(f"  {fault}: it was moved to {kept}, and is published again from the last checkpoint")
 
 
 def _foresee(to_do: Sequence[Node]) -> list[dict[str, Any]]:
@@ -484,11 +537,51 @@ def plan_command(
     selected = select(nodes, only, start, until, rebuild)
     chosen = {node.name for node in selected}
     rows = [(node, decision) for node, decision in decide_all(nodes, rebuild) if node.name in chosen]
+    footprints = foretell(nodes)
+    warning = _disk_warning(root, [(footprints[node.name], node.name) for node, decision in rows if decision.action in WORK])
     if as_json:
-        click.echo(json.dumps([_plan_row(node, decision) for node, decision in rows], indent=1))
-        return
-    lines = [(node.name, node.stage.kind, " ".join(e.name for e in node.reads), decision.action, decision.why) for node, decision in rows]
-    _print_table(("stage", "kind", "reads", "action", "why"), lines)
+        plain = [{**_plan_row(node, decision), "disk_bytes": footprints[node.name].as_json()} for node, decision in rows]
+        click.echo(json.dumps(plain, indent=1))
+    else:
+        sizes = {name: _show_footprint(found) for name, found in footprints.items()}
+        lines = [
+            (node.name, node.stage.kind, " ".join(e.name for e in node.reads), sizes[node.name], made.action, made.why)
+            for node, made in rows
+        ]
+        _print_table(("stage", "kind", "reads", "disk", "action", "why"), lines)
+    if warning:
+        click.echo(f"warning: {_one_line(warning)}", err=True)
+
+
+def foretell(nodes: Sequence[Node]) -> dict[str, footprint.Footprint]:
+    """What each stage will take on disk, by its name."""
+    held: dict[str, footprint.Content] = {}
+    found = {}
+    for node in nodes:
+        held.update({entry.name: footprint.read_content(entry.source) for entry in node.reads if isinstance(entry, Pinned)})
+        inputs = {role: [held[entry.name] for entry in entries] for role, entries in node.inputs.items()}
+        found[node.name], held[node.name] = footprint.foretell(
+            node.config, node.stage.output, inputs, prepares=node.stage.encoder is not None
+        )
+    return found
+
+
+def _show_footprint(found: footprint.Footprint) -> str:
+    total, peak = ("?" if size is None else disk.show_bytes(size) for size in (found.total, found.peak))
+    return total if total == peak else f"{total}, peak {peak}"
+
+
+def _disk_warning(root: Path, to_do: Sequence[tuple[footprint.Footprint, str]]) -> str | None:
+    """What to say where the disk is foretold to fill up on the way; what is not known counts nothing."""
+    place = next(path for path in (root.absolute(), *root.absolute().parents) if path.is_dir())
+    free, left = disk.free_bytes(place), 0
+    for found, name in to_do:
+        needed = left + sum(size or 0 for size in (found.prepared, found.checkpoints, found.output))
+        if needed > free:
+            said = f"{disk.show_bytes(free)} are free in {place}, and with stages.{name} about {disk.show_bytes(needed)} will be needed"
+            return f"{said}; free some, as `clean` does, or choose another --root"
+        left += (found.prepared or 0) + (found.output or 0)
+    return None
 
 
 @cli.command("run")
@@ -498,17 +591,33 @@ def plan_command(
 @_from
 @_until
 @_rebuild
+@click.option("--time-limit", metavar="TIME", help="Save and stop in order before this is over, such as 90s, 45m or 3.5h.")
 @_root
 def run_command(
-    config: Path, overrides: tuple[str, ...], only: str | None, start: str | None, until: str | None, rebuild: tuple[str, ...], root: Path
+    config: Path,
+    overrides: tuple[str, ...],
+    only: str | None,
+    start: str | None,
+    until: str | None,
+    rebuild: tuple[str, ...],
+    time_limit: str | None,
+    root: Path,
 ) -> None:
     """Run all that is not finished. Safe to repeat: finished stages are skipped, cut-off ones resumed."""
+    deadline = math.inf if time_limit is None else STARTED + _seconds(time_limit)
     pipeline = read_pipeline(config, overrides)
     nodes = plan(pipeline, root)
     selected = select(nodes, only, start, until, rebuild)
     console = _console()
-    execute(nodes, selected, rebuild, pipeline.launcher, console)
+    execute(nodes, selected, rebuild, pipeline.launcher, console, deadline)
     _show_results(console, selected, config, overrides)
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if found is None or not float(found[1]):
+        raise UserError(f"--time-limit {text}: is no length of time; give one such as 90s, 45m or 3.5h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 @cli.command("status")
@@ -577,6 +686,7 @@ def chat_command(config: Path, overrides: tuple[str, ...], stage: str | None, pr
     finished = [node for node in policies if artifact.read_artifact(node.directory)]
     if not finished:
         raise UserError(f"{stage or config}: no finished policy to talk to; run the pipeline first")
+    _check_files(finished[-1])
     from posttrain.generate import chat
 
     chat(finished[-1].directory / artifact.OUTPUT, name=finished[-1].name, prompt=prompt)
@@ -618,6 +728,8 @@ def inspect_command(
     above, first = _tokenizing_policy(node)
     policy, _ = _read_entry(above)
     data, _ = _read_entry(node.inputs["data"][0])
+    for entry in (above, node.inputs["data"][0]):
+        _check_files(entry)
 
     from posttrain import inspection
     from posttrain.data.prepared import describe_formats
@@ -653,12 +765,188 @@ def inspect_command(
             inspection.show(row, console)
 
 
+@cli.command("verify")
+@click.argument("runs", nargs=-1, required=True, metavar="CONFIG_OR_RUN...")
+@_root
+@_json
+def verify_command(runs: tuple[str, ...], root: Path, as_json: bool) -> None:
+    """Read all that runs hold, and compare it with what was recorded when it was written."""
+    from posttrain import inventory
+
+    pieces = {piece.path: piece for run in runs for piece in inventory.list_pieces(_find_run(run, root))}
+    checked = []
+    with _reading(sum(piece.num_bytes for piece in pieces.values()), as_json) as advance:
+        for piece in pieces.values():
+            checked.append((piece, list(piece.faults())))
+            advance(piece.num_bytes)
+    if as_json:
+        plain = [
+            {"run": each.run, "stage": each.stage, "what": each.what, "path": str(each.path), "bytes": each.num_bytes, "faults": faults}
+            for each, faults in checked
+        ]
+        click.echo(json.dumps(plain, indent=1))
+    else:
+        lines = []
+        for piece, faults in checked:
+            first, *others = faults or ["whole" if piece.mend else ""]
+            lines.append((f"{piece.run}/{piece.stage}", piece.what, disk.show_bytes(piece.num_bytes), first))
+            lines += [("", "", "", fault) for fault in others]
+        _print_table(("stage", "what", "size", "found"), lines)
+    for piece, faults in checked:
+        if faults:
+            where = "" if str(piece.path) in faults[0] else f"{piece.path}: "
+            raise UserError(f"{piece.run}/{piece.stage}: {piece.what}: {where}{faults[0]}; {piece.mend}")
+
+
+@contextmanager
+def _reading(num_bytes: int, as_json: bool) -> Iterator[Callable[[int], None]]:
+    """Show on stderr how far reading so many bytes has come: a bar on a terminal, a line now and then elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if console.is_terminal and not as_json:
+        with Progress(BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
+            task = bar.add_task("", total=num_bytes)
+            yield lambda count: bar.advance(task, count)
+        return
+    done, said = 0, time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done, said
+        done += count
+        if time.monotonic() - said > PLAIN_LINE_EVERY_S:
+            said = time.monotonic()
+            click.echo(f"read {disk.show_bytes(done)} of {disk.show_bytes(num_bytes)}", err=True)
+
+    yield advance
+
+
+def _find_run(name: str, root: Path) -> Path:
+    """The directory of a run, given by a pipeline file, by its name under the root, or itself. Raises `UserError`."""
+    from posttrain import inventory
+
+    path = Path(name)
+    if path.is_file():
+        path = root / read_pipeline(path).run
+    elif not (path.is_dir() and inventory.list_stages(path)):
+        path = root / name
+    if not inventory.list_stages(path):
+        known = [run.name for run in inventory.list_runs(root)]
+        hint = nearest(name, known) if known else f"there is none under {root}"
+        raise UserError(f"{name}: is neither a pipeline file that was run nor a run under {root}; {hint}")
+    return path
+
+
+@cli.command("clean")
+@click.argument("run", metavar="CONFIG_OR_RUN")
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
+@_root
+@_json
+def clean_command(run: str, dry_run: bool, yes: bool, root: Path, as_json: bool) -> None:
+    """Delete what a run does not need any more: old builds, checkpoints of finished stages, what was cut off, unused prepared data."""
+    from posttrain import inventory
+
+    directory = _find_run(run, root)
+    spares = inventory.list_spares(directory, directory.parent)
+    if as_json:
+        click.echo(json.dumps([{"path": str(spare.path), "why": spare.why, "bytes": spare.num_bytes} for spare in spares], indent=1))
+    elif spares:
+        _print_table(("what", "frees", "path"), [(spare.why, disk.show_bytes(spare.num_bytes), str(spare.path)) for spare in spares])
+    else:
+        click.echo(f"{directory} holds nothing that can be spared")
+    if dry_run or not spares:
+        return
+    total = disk.show_bytes(sum(spare.num_bytes for spare in spares))
+    if not yes:
+        if not sys.stdin.isatty() or as_json:
+            raise UserError(f"{directory}: {total} can be freed, and there is nobody to ask; say --yes to delete, --dry-run to only look")
+        if not click.confirm(f"delete all of this, {total}?"):
+            return
+    with disk.explain_disk_errors(f"while {directory} is cleaned"):
+        deleted = list(inventory.delete(spares, directory.parent))
+    if not as_json:
+        kept = f"; {len(spares) - len(deleted)} are in use by now and were left" if len(deleted) < len(spares) else ""
+        click.echo(f"freed {disk.show_bytes(sum(spare.num_bytes for spare in deleted))}{kept}")
+
+
+@cli.command("doctor")
+@_overrides
+@click.option("--resume", "config", type=click.Path(path_type=Path), metavar="CONFIG", help="Kill a stage of this pipeline and run it on.")
+@click.option("--stage", metavar="STAGE", help="Which stage to kill; by default the first one that trains.")
+@click.option("--steps", type=click.IntRange(min=2), default=4, show_default=True, help="Steps that it trains.")
+@_root
+@_json
+def doctor_command(overrides: tuple[str, ...], config: Path | None, stage: str | None, steps: int, root: Path, as_json: bool) -> None:
+    """What is wrong with this machine; with --resume, whether a stage that is killed and run again ends as if it had not been."""
+    if config is not None:
+        _rehearse(config, overrides, stage, steps, root, as_json)
+        return
+    if overrides or stage is not None:
+        raise UserError(f"{overrides[0] if overrides else '--stage'}: is for --resume CONFIG only; leave it out")
+    from posttrain import doctor
+
+    findings = []
+    for finding in doctor.examine(root):
+        findings.append(finding)
+        if not as_json:
+            colour = {"ok": "green", "warning": "yellow", "fault": "red"}[finding.state]
+            mend = f"; {finding.mend}" if finding.mend else ""
+            click.echo(f"  {click.style(f'{finding.state:8}', colour)} {finding.what}: {_one_line(finding.found)}{mend}")
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+    if faults := [finding for finding in findings if finding.state == "fault"]:
+        raise UserError(f"{faults[0].what}: {faults[0].found}; {faults[0].mend}")
+
+
+def _rehearse(config: Path, overrides: Sequence[str], stage: str | None, steps: int, root: Path, as_json: bool) -> None:
+    import tempfile
+
+    from posttrain.recipe import TrainingConfig
+    from posttrain.rehearsal import Rehearsal
+
+    pipeline = read_pipeline(config, overrides)
+    training = [node.name for node in plan(pipeline, root) if isinstance(node.config, TrainingConfig)]
+    if not training:
+        raise UserError(f"{config}: no stage of it trains, so there is nothing to kill")
+    if stage is not None and stage not in training:
+        raise UserError(f"--stage {stage}: no stage of that name trains; {nearest(stage, training)}")
+    stage = stage or training[0]
+    few = [
+        f"stages.{name}.{setting}"
+        for name in training[: training.index(stage) + 1]
+        for setting in (f"max_steps={steps}", "save_steps=1", "logging_steps=1")
+    ]
+    with disk.explain_disk_errors("the rehearsal"):
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".rehearsal.", dir=root) as scratch:
+            directory = Path(scratch, pipeline.run, stage)
+            command = [sys.executable, str(Path(__file__).resolve())]
+            rehearsal = Rehearsal(command, [str(config), *overrides, *few], directory, Path(scratch), steps)
+            differences = rehearsal.differences((lambda _: None) if as_json else click.echo)
+    if as_json:
+        click.echo(json.dumps({"stage": stage, "exact": not differences, "differences": differences}, indent=1))
+    elif not differences:
+        click.echo(f"{stage}: resume is exact: the same bytes in every published file, and the same loss at every step")
+    if differences:
+        raise StageFailed(f"stages.{stage}: resume is not exact: {'; '.join(differences)}")
+
+
 def _tokenizing_policy(node: Node) -> tuple[Node | Pinned, Any]:
     """The nearest policy above a stage that is there to be read, and the config that a chat contract would be established by."""
     first, entry = node.config, node.inputs["policy"][0]
     while isinstance(entry, Node) and not artifact.read_artifact(entry.directory):
         first, entry = entry.config, entry.inputs["policy"][0]
     return entry, first
+
+
+def _check_files(entry: Node | Pinned) -> None:
+    """Raise `UserError` where the output of a finished stage, which is about to be read, is not what was published."""
+    if isinstance(entry, Node) and (finished := artifact.read_artifact(entry.directory)):
+        hashes = disk.HashCache(entry.root / ".hashes.json")
+        artifact.check_files(finished, hashes)
+        hashes.save()
 
 
 def _plan_row(node: Node, decision: Decision) -> dict[str, Any]:
@@ -692,7 +980,8 @@ def _recorded_state(directory: Path) -> tuple[Action, str]:
     if holder := ledger.lease_holder(directory):
         return "running", f"being built by {holder}"
     if finished := artifact.read_artifact(directory):
-        return "skip", f"finished {finished.finished}"
+        fault = next(artifact.faults(finished, None), None)
+        return ("damaged", fault) if fault else ("skip", f"finished {finished.finished}")
     if state := _resumable(directory):
         return "resume", f"from {state}"
     return "run", "left nothing to resume"
@@ -758,7 +1047,7 @@ def _print_fitted(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None
     from rich.table import Table
     from rich.text import Text
 
-    colours = {"run": "cyan", "resume": "cyan", "rebuild": "yellow", "drift": "red", "running": "magenta"}
+    colours = {"run": "cyan", "resume": "cyan", "rebuild": "yellow", "drift": "red", "damaged": "red", "running": "magenta"}
     table = Table(*columns, box=box.SIMPLE_HEAD)
     action = columns.index("action") if "action" in columns else None
     for row in rows:
@@ -767,6 +1056,8 @@ def _print_fitted(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None
 
 
 def _stop(signum: int) -> None:
+    if why := ledger.lost_lease():
+        raise ledger.LeaseLost(why)
     raise Preempted(f"stopped by {signal.Signals(signum).name}")
 
 

@@ -349,10 +349,9 @@ def file_order(examples: Sequence[Example]) -> list[Example]:
 def _check_prepared(bench: Bench, stage: Path) -> None:
     """Our side must have prepared the very tokens that the peers were given."""
     from posttrain import disk
-    from posttrain.data.prepared import Prepared
+    from posttrain.data.prepared import open_prepared
 
-    path = Path(disk.read_json(stage / "prepared.json")["path"])
-    prepared = Prepared(path, **disk.read_json(path / "manifest.json")).load()
+    prepared = open_prepared(Path(disk.read_json(stage / "prepared.json")["path"])).load()
     for number, (sample, example) in enumerate(zip(prepared, file_order(bench.examples), strict=True)):
         for name in BELONGINGS[bench.task]:
             if sample[name] != example.columns[name]:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain import disk
-from posttrain.error import UserError
+from posttrain.data.json_text import surrogate_in
+from posttrain.error import Preempted, UserError
+from posttrain.sandbox import MAX_RENDERED_CHARS, Limits, OverLimit, problem_with
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -51,7 +53,7 @@ CHATML = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-PAD_TOKEN = "<|pad|>"
+PAD_TOKEN = "<|pad|>"  # noqa: S105  a token of a vocabulary
 PROBE_ANSWER = "posttrain-probe-answer"
 MARKS = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 """Where a template marks what the assistant says, as transformers finds it."""
@@ -194,7 +196,8 @@ def encode(
     _refuse_control_text(tokenizer, messages, tools, origin)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     turns = [index for index in (turns if train_on == "all" else turns[-1:]) if messages[index].get("train", True)]
-    text, spans, asked_otherwise = _answers(tokenizer, messages, tools, turns, stop, origin)
+    with Limits(origin):
+        text, spans, asked_otherwise = _answers(tokenizer, messages, tools, turns, stop, origin)
     _refuse_losses(messages, tools, text, origin)
     encoded = _tokenize(tokenizer, text, spans, stop, origin)
     return replace(encoded, asked_otherwise=True) if asked_otherwise else encoded
@@ -216,7 +219,7 @@ def render(
     *,
     add_generation_prompt: bool = False,
 ) -> str:
-    """The conversation as text. Raises `UserError` where the template refuses it."""
+    """The conversation as text. Raises `UserError` where the template refuses it, `OverLimit` where it takes more than it may."""
     return _render(tokenizer, messages, tools, origin, add_generation_prompt=add_generation_prompt)[0]
 
 
@@ -230,25 +233,35 @@ def _render(
     mark: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
     """The conversation as text, and with `mark` where the template's own generation marks, if any, say that the assistant speaks."""
-    from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = tokenizer.chat_template
     assert isinstance(template, str), "a tokenizer with a chat contract has one template"
     special_tokens: dict[str, Any] = tokenizer.special_tokens_map
     try:
-        # What `apply_chat_template` calls; that one gives no marks without tokens, and renders nothing without a message.
-        rendered: Any = render_jinja_template(
-            [[{key: value for key, value in message.items() if key != "train"} for message in messages]],
-            tools=tools,
-            chat_template=template,
-            add_generation_prompt=add_generation_prompt,
-            return_assistant_tokens_mask=mark and MARKS.search(template) is not None,
-            **special_tokens,
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        with Limits(origin):
+            if problem := problem_with(template):
+                raise OverLimit(f"{origin}: the chat template {problem}; use another one")
+            # What `apply_chat_template` calls; that one gives no marks without tokens, and renders nothing without a message.
+            rendered: Any = render_jinja_template(
+                [[{key: value for key, value in message.items() if key != "train"} for message in messages]],
+                tools=tools,
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                return_assistant_tokens_mask=mark and MARKS.search(template) is not None,
+                **special_tokens,
+            )
+    except (OverLimit, Preempted, MemoryError):
+        raise
+    except Exception as error:  # a template is a program, and may fail in any way
         raise UserError(f"{origin}: the chat template cannot render it: {' '.join(str(error).split())[:200]}") from None
     texts, marks = rendered
+    if len(texts[0]) > MAX_RENDERED_CHARS:
+        raise OverLimit(
+            f"{origin}: the chat template makes {len(texts[0]):,} characters of it, over {MAX_RENDERED_CHARS:,}; use another one"
+        )
+    if problem := surrogate_in(texts[0]):
+        raise UserError(f"{origin}: the chat template cannot render it: what it makes {problem}")
     return texts[0], marks[0] if marks else []
 
 

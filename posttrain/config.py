@@ -6,10 +6,13 @@ whose fields only say where and how fast states `bears_identity = False`, and it
 """
 
 import difflib
+import errno
 import functools
 import inspect
 import math
+import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -20,12 +23,16 @@ from pydantic.fields import FieldInfo
 
 from posttrain import disk
 from posttrain.error import UserError
+from posttrain.secret import find_secrets
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gz")
+MAX_FILE_BYTES = 4 << 20
 MAX_DEPTH = 100
+MAX_VALUES = 200_000
+"""Values in a YAML text, each counted as often as an alias repeats it."""
 INPUT_FILE = "input file"
 """Marks a field that names a file, `Annotated[str | None, INPUT_FILE]`: what the file holds bears identity, not where it lies."""
 
@@ -47,6 +54,8 @@ class ModelSource(Config):
     """Full commit hash (40 hex digits) of a Hub id. A branch or a tag moves, so it is refused."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships. Off unless you have read that code."""
+    allow_pickle: bool = False
+    """Load weights that are pickles where there are no safetensors; PyTorch takes nothing but tensors from them. Better convert them."""
 
     @field_validator("model")
     @classmethod
@@ -175,13 +184,18 @@ def read_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     raw = read_yaml(path)
     for override in overrides:
         apply_override(raw, override)
+    if place := next(find_secrets(raw), None):
+        raise UserError(
+            f"{place}: reads like a credential, and all settings are recorded beside what is built; take it from the environment "
+            "(HF_TOKEN for the Hub, the variable that api_key_env names for a judge)"
+        )
     return validate(PipelineConfig, raw, "")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, by YAML 1.2 rules (`3e-5` is a number, `no` is a string). Raises `UserError`."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read_file(path)
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path}: cannot be read ({reason}); give the path of a pipeline file") from None
@@ -192,6 +206,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: must hold a mapping with the keys run, sources and stages")
     return raw
+
+
+def _read_file(path: Path) -> str:
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("not a regular file")
+    if found.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"over {MAX_FILE_BYTES >> 20} MiB")
+    return path.read_text(encoding="utf-8")
 
 
 class YamlProblem(ValueError):
@@ -214,6 +239,8 @@ def load_yaml(text: str) -> Any:
             if node is None:
                 return None
             _refuse_repeated_keys(node)
+            if _num_values(node, {}) > MAX_VALUES:
+                raise YamlProblem(f"its aliases make more than {MAX_VALUES:,} values of it; write less, or repeat less")
             return _plain(loader.construct_document(node), "")
         finally:
             loader.dispose()
@@ -294,6 +321,15 @@ def _refuse_repeated_keys(node: Any) -> None:
                 keys.add((key.tag, key.value))
 
 
+def _num_values(node: Any, known: dict[int, int]) -> int:
+    """How many values a node makes where each alias is a copy, and each merged mapping too; a node within itself is not counted again."""
+    if id(node) not in known:
+        known[id(node)] = 0
+        parts = [part for pair in node.value for part in pair] if node.id == "mapping" else node.value if node.id == "sequence" else []
+        known[id(node)] = 1 + sum(_num_values(part, known) for part in parts)
+    return known[id(node)]
+
+
 def _plain(value: object, at: str) -> Any:
     """A copy without aliases, so that an override changes only the place it names; refuses what JSON could not hold."""
     if isinstance(value, dict):
@@ -363,10 +399,14 @@ def identity(config: Config, at: str) -> dict[str, Any]:
 def _by_content(field: FieldInfo, value: Any, at: str) -> Any:
     if INPUT_FILE not in field.metadata or value is None:
         return value
+    path = Path(value)
     try:
-        return f"sha256 {disk.hash_file(Path(value))}"
-    except OSError as error:
-        raise UserError(f"{at}: {value} cannot be read ({error.strerror}); give the path of a file") from None
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise UserError(f"{at}: {value} is no regular file; give the path of one")
+        return f"sha256 {disk.hash_file(path)}"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{at}: {value} cannot be read ({reason}); give the path of a file") from None
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

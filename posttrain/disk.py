@@ -9,8 +9,9 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,8 @@ from posttrain.error import UserError
 
 CHUNK_BYTES = 1 << 20
 FULL_BYTES = 1 << 16
+MANIFEST = "manifest.json"
+"""The sealed record, written last, of a directory that runs share; under `files` it holds what `describe_files` says."""
 
 
 @contextmanager
@@ -55,6 +58,23 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+
+
+def write_sealed(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as JSON that carries its own hash, atomically and synced."""
+    write_json(path, {"payload": value, "sha256": hash_json(value)})
+
+
+def read_sealed(path: Path) -> Any:
+    """What `write_sealed` wrote to `path`; None where there is no such file. Raises `ValueError` where it is not what was written."""
+    record = read_json(path)
+    if record is None:
+        return None
+    if not isinstance(record, dict) or record.keys() != {"payload", "sha256"}:
+        raise ValueError("it is no sealed record")
+    if record["sha256"] != hash_json(record["payload"]):
+        raise ValueError("its hash does not match")
+    return record["payload"]
 
 
 def write_array(path: Path, array: Any) -> None:
@@ -112,7 +132,8 @@ def move_aside(paths: list[Path], into: Path) -> Path | None:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Make `target` the same tree as `source`, by hard links where the file system can, else by copies."""
+    """Make `target` the same tree as `source`, by hard links where the file system can, else by copies. No symbolic link is followed."""
+    refuse_symlinks(source)
     shutil.copytree(source, target, copy_function=link_file)
 
 
@@ -122,6 +143,88 @@ def link_file(source: Path | str, target: Path | str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def symlinks(directory: Path) -> Iterator[Path]:
+    """All symbolic links at or below `directory`, hidden ones too; none is followed."""
+    if directory.is_symlink():
+        yield directory
+        return
+    for here, directories, files in os.walk(directory):
+        yield from (path for name in sorted([*directories, *files]) if (path := Path(here, name)).is_symlink())
+
+
+def refuse_symlinks(directory: Path) -> None:
+    """Raise `UserError` where `directory` is, or holds, a symbolic link: what it leads to is no part of it."""
+    if link := next(symlinks(directory), None):
+        raise UserError(f"{link}: is a symbolic link, which is not followed; put the file itself there")
+
+
+def num_bytes(path: Path) -> int:
+    """Size of the file `path`, or of all files below the directory `path`; what a symbolic link points to is not counted."""
+    if not path.is_dir() or path.is_symlink():
+        return path.lstat().st_size
+    return sum(Path(here, name).lstat().st_size for here, _, files in os.walk(path) for name in files)
+
+
+def show_bytes(count: int) -> str:
+    """A number of bytes for people, such as `1.4 GB`, in powers of 1000 as disks are sold."""
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if size < 999.95:
+            break
+        size, unit = size / 1000, larger
+    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def describe_files(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Name below `directory` of each file to its `bytes` and `sha256`."""
+    return {str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in files}
+
+
+def file_faults(directory: Path, recorded: Mapping[str, Mapping[str, Any]], digest: Callable[[Path], str] | None) -> Iterator[str]:
+    """What is wrong with each of the files that `describe_files` recorded: missing, no plain file, of another size or content.
+
+    `digest` gives the hash of a file; where it is None, no file is read.
+    """
+    for name, record in recorded.items():
+        path = directory / name
+        try:
+            info = path.lstat()
+            if stat.S_ISLNK(info.st_mode):
+                yield f"{path} is a symbolic link"
+            elif not stat.S_ISREG(info.st_mode):
+                yield f"{path} is no file"
+            elif info.st_size != record["bytes"]:
+                yield f"{path} has {info.st_size:,} bytes, and was written with {record['bytes']:,}"
+            elif digest is not None and digest(path) != record["sha256"]:
+                yield f"{path} does not hold what was written to it (its hash differs)"
+        except (FileNotFoundError, NotADirectoryError):
+            yield f"{path} is missing"
+        except OSError as error:
+            yield f"{path} cannot be read ({error.strerror})"
+
+
+def entry_faults(directory: Path, digest: Callable[[Path], str] | None, record: str = MANIFEST) -> Iterator[str]:
+    """What is wrong with the record of a directory, or with a file that it names, as `file_faults` says it."""
+    path = directory / record
+    try:
+        sealed = read_sealed(path)
+        if sealed is None:
+            yield f"{path} is missing"
+            return
+        files = sealed["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield f"{path} is damaged ({error})"
+        return
+    yield from file_faults(directory, files, digest)
+
+
+def discard_damaged(directory: Path, hashes: "HashCache") -> None:
+    """Move what is at `directory` to `.old` beside it and say so, where it is not what its record says, or has none."""
+    if directory.exists() and (fault := next(entry_faults(directory, hashes.hash_file), None)):
+        kept = move_aside([directory], directory.parent / ".old")
+        print(f"{fault}: it was moved to {kept}, and is made again", flush=True)
 
 
 def hash_file(path: Path) -> str:
@@ -146,8 +249,9 @@ def list_files(directory: Path) -> list[Path]:
 
 
 class HashCache:
-    """File hashes remembered by path, size and time of change, so that planning reads large weights only once.
+    """File hashes remembered by path, size and times of change, so that planning reads large weights only once.
 
+    The inode's own time of change is among them, which no program can set back: bytes changed under a restored time are seen.
     Lives in one JSON file; where that cannot be written (a read-only disk), it just is not kept.
     """
 
@@ -163,12 +267,12 @@ class HashCache:
             self._known = known
 
     def hash_file(self, path: Path) -> str:
-        """SHA-256 of `path`, read only if its size or time of change is not the remembered one."""
-        stat = path.stat()
-        key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        """SHA-256 of `path`, read only if its size or a time of change is not the remembered one."""
+        info = path.stat()
+        key, stamp = str(path.resolve()), [info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino]
         known = self._known.get(key)
-        if isinstance(known, list) and known[:3] == stamp and len(known) == 4:
-            return str(known[3])
+        if isinstance(known, list) and known[:4] == stamp and len(known) == 5:
+            return str(known[4])
         digest = hash_file(path)
         self._known[key] = [*stamp, digest]
         self._changed = True
@@ -211,4 +315,9 @@ def _error_number(error: Exception) -> int | None:
 
 def is_full(directory: Path) -> bool:
     """Whether the disk of `directory` has so little space left that not even an error message may have found room."""
-    return shutil.disk_usage(directory).free < FULL_BYTES
+    return free_bytes(directory) < FULL_BYTES
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes that can still be written to the disk of `directory`."""
+    return shutil.disk_usage(directory).free

@@ -5,6 +5,7 @@ Needs the tokenizer and the chat contract of the stage's policy, and no weights,
 
 import heapq
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from posttrain.data.samples import Encoder, LeftOut
 from posttrain.data.source import OpenSource
 from posttrain.error import UserError
 from posttrain.parallel import map_chunks
+from posttrain.sandbox import OverLimit
 from posttrain.stage import Input
 
 if TYPE_CHECKING:
@@ -29,6 +31,10 @@ SCORED_AT_ONCE = 2048
 """Tokens of rows whose loss is computed at once."""
 FOLDED_TOKENS = 12
 """Tokens shown of either end of a prompt that is folded."""
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+"""Characters that steer a terminal, turn the direction of text, or hide text; those within words and emoji are not among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +115,8 @@ def inspect(encoder: Encoder, tokenizer: "PreTrainedTokenizerBase", index: int, 
         sequences = encoder.sequences(row)
     except LeftOut as fault:
         return Inspected(index, row.origin, {}, f"left out: {fault}", loss)
+    except OverLimit:
+        raise
     except UserError as fault:
         return Inspected(index, row.origin, {}, f"refused: {fault}", loss)
     parts = {name: _tokens(tokenizer, encoded, encoder.max_length) for name, encoded in sequences.items()}
@@ -146,6 +154,8 @@ def losses_of(
         try:
             sequences = encoder.sequences(row)
             encoder.cut(row, sequences)
+        except OverLimit:
+            raise
         except UserError:
             continue
         encoded = next(iter(sequences.values()))
@@ -166,12 +176,12 @@ def as_json(inspected: Inspected) -> dict[str, Any]:
 
 
 def show(inspected: Inspected, console: "Console") -> None:
-    """Print a row: trained tokens in green, control tokens in magenta, what is cut struck through."""
+    """Print a row: trained tokens in green, control tokens in magenta, what is cut struck through, what is unseen spelt."""
     from rich.table import Table
 
     loss = "" if inspected.loss is None else f", loss {inspected.loss:.3f}"
-    console.print(f"\nrow {inspected.index}  {inspected.origin}", style="cyan", highlight=False, soft_wrap=True)
-    console.print(f"{inspected.fate}{loss}", style="bold", highlight=False, soft_wrap=True)
+    console.print(f"\nrow {inspected.index}  {visible(inspected.origin)}", style="cyan", highlight=False, soft_wrap=True)
+    console.print(f"{visible(inspected.fate)}{loss}", style="bold", highlight=False, soft_wrap=True)
     plain = not console.is_terminal
     if len(inspected.parts) == 1:
         console.print(_text(inspected.parts[""], plain=plain), soft_wrap=True)
@@ -189,18 +199,27 @@ def show(inspected: Inspected, console: "Console") -> None:
 
 
 def write_html(inspected: Sequence[Inspected], path: Path, *, title: str, summary: Sequence[str]) -> None:
-    """Write the rows as one page that needs nothing else."""
+    """Write the rows as one page that needs nothing else, and in which nothing that data say can run or be fetched."""
     from jinja2 import Environment
 
     from posttrain import disk
 
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["visible"] = visible
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     disk.write_text(path, template.render(title=title, summary=summary, rows=inspected))
+
+
+def visible(text: str) -> str:
+    """The text with what cannot be seen in it spelt, as `\\u202e`: it could play tricks on the page, the terminal, and whoever reads."""
+    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _length(encoder: Encoder, row: Row) -> float:
     try:
         return max(len(encoded.ids) for encoded in encoder.sequences(row).values())
+    except OverLimit:
+        raise
     except UserError:
         return 0
 
@@ -242,13 +261,13 @@ def _text(tokens: Sequence[Token], *, plain: bool) -> "Text":
         is_cut, is_trained = key
         if plain:
             opening, closing = ("⟪", "⟫") if is_trained else ("", "")
-            content = "".join(token.text for token in group)
+            content = visible("".join(token.text for token in group))
             text.append(f"✂{content}✂" if is_cut else f"{opening}{content}{closing}")
             continue
         for token in group:
             colour = "strike red" if is_cut else "bold green" if is_trained else "default"
             style = f"{colour} on grey23" if token.is_special and not is_cut else colour
-            text.append(token.text.replace("\n", "⏎\n"), style=style)
+            text.append(visible(token.text).replace("\n", "⏎\n"), style=style)
     return text
 
 

@@ -6,6 +6,7 @@
                             preflight.json   what they hold, and what of that is limited
                             checkpoints/     resumable state, private to the stage
                             output/          the finished output (output.partial/ while it is built)
+                            output.json      size and hash of all that was published, until and after it is verified
                             artifact.json    written last: the stage finished
                             metrics.jsonl    one line for each logged step
                             progress.json    phase, step and speed, for who watches
@@ -13,41 +14,46 @@
     <root>/<run>/.old/<stage>/N/             what a rebuild moved aside
     <root>/.prepared/  <root>/.hashes.json   shared by all runs
 
-Every file is replaced as a whole, so a reader at any moment sees a state that once was.
+Every file is replaced as a whole, so a reader at any moment sees a state that once was. Nothing here asks a file system for
+locks, which network disks have or have not: of many that want the same, a hard link that can be made only once chooses one.
 """
 
-import fcntl
+import hashlib
+import json
 import os
+import signal
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from posttrain import disk
+from posttrain.artifact import EVIDENCE, OUTPUT, RECORD, Artifact, check_files, fingerprint_source, read_artifact
 from posttrain.artifact import FILE as ARTIFACT_FILE
-from posttrain.artifact import OUTPUT, Artifact, read_artifact
 from posttrain.config import DataSource, ModelSource, read_source, validate
-from posttrain.error import UserError
+from posttrain.error import Preempted, UserError
 from posttrain.provenance import now
 from posttrain.stage import Input, Stage, StageConfig, StageContext, load_stage
 
 HEARTBEAT_S = 5.0
 LEASE_EXPIRES_S = 60.0
+LEASE = "lease.json"
 PREFLIGHT_FILE = "preflight.json"
-EVIDENCE = ("probe.safetensors", "final_metrics.json")
-"""What a published output is checked against, and declared finished with."""
 BUILT = (
     "stage.json",
     "prepared.json",
+    "reference.json",
     PREFLIGHT_FILE,
+    "layout.json",
     "checkpoints",
     OUTPUT,
     "output.partial",
+    RECORD,
     *EVIDENCE,
     ARTIFACT_FILE,
     "metrics.jsonl",
@@ -207,6 +213,37 @@ def list_finished(root: Path) -> dict[str, list[Artifact]]:
     return found
 
 
+def check_inputs(attempt: Attempt) -> None:
+    """Raise `UserError` where what the attempt is to read is not what it was planned on: another build, changed or damaged.
+
+    To be called before anything is read. Reads only files that changed since they last were.
+    """
+    hashes = disk.HashCache(Path(attempt.root) / ".hashes.json")
+    for entry in (entry for role in attempt.inputs.values() for entry in role):
+        name, source = entry["name"], read_source(entry["name"], entry["source"])
+        if entry["id"] == entry["fingerprint"]:
+            if fingerprint_source(source, f"sources.{name}", hashes) != entry["fingerprint"]:
+                raise UserError(f"sources.{name}: changed since stages.{attempt.name} was planned; run the same command again")
+            continue
+        path = Path(source.model if isinstance(source, ModelSource) else source.paths[0])
+        finished = read_artifact(path.parent if path.name == OUTPUT else path.parent.parent)
+        if finished is None or finished.id != entry["id"]:
+            raise UserError(f"stages.{name}: was built again since stages.{attempt.name} was planned; run the same command again")
+        check_files(finished, hashes)
+    hashes.save()
+
+
+# --- the lease -------------------------------------------------------------------------------------------------------
+#
+# `lease.json` holds who is at it. Whoever finds that process dead links its own record to a name made of the dead one's
+# content: a link that can be made once only, however many try and however late. Then, alone, it replaces `lease.json`. A
+# holder is thus the last of a chain that begins at `lease.json`, most often the first of it too.
+
+
+class LeaseLost(Preempted):
+    """Another process took the stage over, so nothing more may be written to it: not even what is at hand may be saved."""
+
+
 @dataclass(frozen=True)
 class Holder:
     """Who holds a stage's lease."""
@@ -219,24 +256,65 @@ class Holder:
         return f"process {self.pid} on {self.host}, since {self.since}"
 
 
+@dataclass(frozen=True)
+class _Link:
+    """One lease of the chain, as it is on disk."""
+
+    path: Path
+    content: bytes
+    beat: float
+    """When it was last touched, by the clock of whoever keeps the disk."""
+
+    @property
+    def successor(self) -> Path:
+        """Where the one that takes over from this one puts itself."""
+        return self.path.with_name(f".lease.after.{hashlib.sha256(self.content).hexdigest()[:32]}")
+
+    def holder(self, now_s: float) -> Holder | None:
+        """Who it names, if that process is alive at that time."""
+        try:
+            record = json.loads(self.content)
+            holder = Holder(record["host"], record["pid"], record["since"])
+            # A process of this machine can be asked after: it may have been suspended for long, or have died just now.
+            alive = _born(record["pid"]) == record["born"] if record["machine"] == _machine() else now_s - self.beat <= LEASE_EXPIRES_S
+        except (ValueError, KeyError, TypeError):
+            return None  # no `lease` wrote it
+        return holder if alive else None
+
+
+def _chain(directory: Path) -> list[_Link]:
+    """The leases of a stage, each taken over from the one before; empty where there is none."""
+    links: list[_Link] = []
+    path = directory / LEASE
+    while True:
+        try:
+            with path.open("rb") as file:
+                links.append(_Link(path, file.read(), os.fstat(file.fileno()).st_mtime))
+        except FileNotFoundError:
+            return links
+        path = links[-1].successor
+
+
 def lease_holder(directory: Path) -> Holder | None:
-    """Who is at work on the stage, or None where nobody is or the heartbeat stopped."""
-    path = directory / "lease.json"
+    """Who is at work on the stage, or None where nobody is or the heartbeat stopped. Writes nothing, so it goes by the clock here."""
     try:
-        record = disk.read_json(path)
-        age_s = time.time() - path.stat().st_mtime
-        holder = Holder(record["host"], record["pid"], record["since"])
-        # A process of this machine can be asked after: it may have been suspended for long, or have died just now.
-        alive = _born(record["pid"]) == record["born"] if record["machine"] == _machine() else age_s <= LEASE_EXPIRES_S
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # none there, or one that no `lease` wrote
-    return holder if alive else None
+        chain = _chain(directory)
+    except OSError:
+        return None
+    return chain[-1].holder(time.time()) if chain else None
+
+
+_lost: list[str] = []
+
+
+def lost_lease() -> str | None:
+    """Why this process must not go on, where the heartbeat found that its lease is another's; SIGTERM was sent to it then."""
+    return _lost[0] if _lost else None
 
 
 @contextmanager
 def lease(directory: Path) -> Iterator[None]:
     """Hold the stage's lease, with a heartbeat, for as long as the block runs. Raises `UserError` where another has it."""
-    path = directory / "lease.json"
     pid = os.getpid()
     mine = {
         "host": socket.gethostname(),
@@ -247,59 +325,68 @@ def lease(directory: Path) -> Iterator[None]:
         "token": uuid.uuid4().hex,
     }
     ended = threading.Event()
-    beat = threading.Thread(target=_beat, args=(path, mine, ended), daemon=True)
+    beat = threading.Thread(target=_beat, args=(directory, mine, ended), daemon=True)
     try:  # from before the file is there: a signal may come at any moment
-        with _one_at_a_time(directory / ".lease.lock"):
-            if holder := lease_holder(directory):
-                raise UserError(f"{directory}: being built by {holder}; wait for it, or stop it")
-            path.unlink(missing_ok=True)
-            _put_where_none_is(path, mine)
+        _take(directory, mine)
         beat.start()
         yield
     finally:
         ended.set()
         if beat.is_alive():
             beat.join()
-        if _holds(path, mine):
-            path.unlink(missing_ok=True)
+        _lost.clear()
+        with suppress(OSError):  # where the disk is gone, the lease ends by its silence
+            if _holds(directory, mine):
+                (directory / LEASE).unlink(missing_ok=True)
 
 
-@contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Of several processes that all find a dead lease, let one replace it before the next one looks."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a network disk without locks: two may then replace a dead lease in the same instant
-        yield
-
-
-def _put_where_none_is(path: Path, mine: Mapping[str, Any]) -> None:
-    aside = path.with_name(f".lease.{mine['token']}")
-    disk.write_json(aside, mine)
+def _take(directory: Path, mine: Mapping[str, Any]) -> None:
+    aside = directory / f".lease.{mine['token']}"
+    taken = UserError(f"{directory}: another process began to build it just now; wait for it, or stop it")
     try:
-        os.link(aside, path)  # fails where another process was faster: of two, one wins
-    except FileExistsError:
-        raise UserError(f"{path.parent}: another process began to build it just now; wait for it, or stop it") from None
+        disk.write_json(aside, mine)
+        before = _chain(directory)
+        # Just written, so it bears the time of the clock that heartbeats are dated by, whatever the clock here says.
+        if before and (holder := before[-1].holder(aside.stat().st_mtime)):
+            raise UserError(f"{directory}: being built by {holder}; wait for it, or stop it")
+        target = before[-1].successor if before else directory / LEASE
+        try:
+            os.link(aside, target)
+        except FileExistsError:
+            if aside.stat().st_nlink == 1:  # else it is there: a network disk that was asked twice says so
+                raise taken from None
+        if not _holds(directory, mine):  # what it was to take over from had been taken over, and its traces taken away
+            target.unlink(missing_ok=True)
+            raise taken
+        if before:
+            aside.replace(directory / LEASE)
+            for link in before:
+                link.successor.unlink(missing_ok=True)
     finally:
-        aside.unlink()
+        aside.unlink(missing_ok=True)
 
 
-def _beat(path: Path, mine: Mapping[str, Any], ended: threading.Event) -> None:
+def _beat(directory: Path, mine: Mapping[str, Any], ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT_S):
         try:
-            if _holds(path, mine):
-                os.utime(path)
+            if _holds(directory, mine):
+                os.utime(directory / LEASE)
+                continue
+            if not directory.is_dir():
+                continue
         except OSError:
-            pass  # a full or briefly absent disk must not end the work; the lease lives LEASE_EXPIRES_S without a beat
+            continue  # a full or briefly absent disk must not end the work; the lease lives LEASE_EXPIRES_S without a beat
+        _lost.append(f"{directory} was taken over by {lease_holder(directory) or 'another process'}, since this one was silent for long")
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
 
 
-def _holds(path: Path, mine: Mapping[str, Any]) -> bool:
-    """Whether the lease is still this one: a machine that slept for long may have lost it to another."""
+def _holds(directory: Path, mine: Mapping[str, Any]) -> bool:
+    """Whether the lease is still this one: a machine that slept for long may have lost it to another. Raises `OSError`."""
+    chain = _chain(directory)
     try:
-        return bool(disk.read_json(path) == mine)
-    except (OSError, ValueError):
+        return bool(chain and json.loads(chain[-1].content) == mine)
+    except ValueError:
         return False
 
 

@@ -520,7 +520,9 @@ def _explain(source: ModelSource, at: str) -> Iterator[None]:
     except (Preempted, MemoryError):
         raise
     except Exception as error:  # files that a stranger made may fail in any way, and `tokenizers` raises plain exceptions
-        raise UserError(f"{at}: {source.model} cannot be loaded as a causal language model: {_one_line(error)}") from error
+        is_pickle = type(error).__name__ == "UnpicklingError"  # which tells how to let the pickle do as it likes
+        reason = "its pickled weights are damaged, or hold more than tensors" if is_pickle else _one_line(error)
+        raise UserError(f"{at}: {source.model} cannot be loaded as a causal language model: {reason}") from error
 
 
 def _one_line(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """Where an artifact came from: code, versions, machine and command, recorded beside every output.
 
-Environment variables are not recorded, and arguments only those that the command line defines, so no token gets in.
+Of the environment nothing is recorded, and of the command line no value that reads like a credential, so no token gets in.
 """
 
 import importlib.metadata
@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import posttrain
+from posttrain.secret import mask_argument
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "peft", "deepspeed", "accelerate", "evaluate", "tokenizers")
 
@@ -34,7 +35,7 @@ def provenance(started: str) -> dict[str, object]:
         "versions": {name: _version(name) for name in PACKAGES},
         "host": socket.gethostname(),
         "platform": platform.platform(),
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "argv": [Path(sys.argv[0]).name, *map(mask_argument, sys.argv[1:])],
     }
 
 
@@ -43,7 +44,8 @@ def code_version() -> tuple[str | None, bool | None]:
     here = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        command = ["git", "-C", str(here), *arguments]  # the git that the user's own PATH says
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != here.resolve():

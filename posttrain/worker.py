@@ -25,7 +25,7 @@ from typing import Any, Literal, NoReturn
 
 from posttrain import artifact, disk
 from posttrain.error import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError, heed_signals
-from posttrain.ledger import Attempt, open_context, read_attempt
+from posttrain.ledger import Attempt, check_inputs, open_context, read_attempt
 from posttrain.provenance import provenance
 from posttrain.stage import Stage, StageContext
 
@@ -146,6 +146,7 @@ def _run(attempt: Attempt, stage: Stage[Any], context: StageContext[Any], phases
 def _prepare(attempt: Attempt, stage: Stage[Any], context: StageContext[Any]) -> None:
     marker = attempt.logs(context.directory) / f"prepared.{attempt.token}"
     if context.is_main:
+        check_inputs(attempt)
         if stage.prepare is not None:
             stage.prepare(context)
         marker.touch()
@@ -169,6 +170,7 @@ def _train(stage: Stage[Any], context: StageContext[Any]) -> None:
         metrics = stage.run(context)
     if context.is_main:
         disk.write_json(context.directory / METRICS_FILE, metrics)
+        artifact.record_output(context.directory, context.output)
         disk.publish_directory(context.output, context.directory / artifact.OUTPUT)
 
 

@@ -62,11 +62,15 @@ def posttrain(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model of two layers with random weights: byte-level vocabulary, `<s>` and `</s>`, no pad token, no template."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def make_tiny(path: Path) -> Path:
+    """Write the model of `tiny` into `path`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    path = tmp_path_factory.mktemp("models") / "tiny"
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -103,9 +107,13 @@ COLOURS = ["red", "green", "blue", "black", "white", "grey", "pink", "brown"]
 @pytest.fixture(scope="session")
 def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 conversations of unequal length, every third of two turns."""
-    path = tmp_path_factory.mktemp("data") / "chat.jsonl"
+    return write_chat(tmp_path_factory.mktemp("data") / "chat.jsonl", 24)
+
+
+def write_chat(path: Path, num_rows: int) -> Path:
+    """Write conversations like those of `chat_file` into `path`."""
     rows = []
-    for number in range(24):
+    for number in range(num_rows):
         messages = [
             {"role": "user", "content": f"what is the colour of bird {number}?" + " and why?" * (number % 4)},
             {"role": "assistant", "content": f"the colour is {COLOURS[number % 8]}" + ", as the sky" * (number % 5)},
@@ -113,22 +121,31 @@ def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if number % 3 == 0:
             messages += [{"role": "user", "content": "are there more?"}, {"role": "assistant", "content": f"there are {number}"}]
         rows.append({"messages": messages})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return _write_rows(path, rows)
 
 
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """16 preference pairs of unequal length."""
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    rows = [
-        {
-            "prompt": f"what is the colour of bird {number}?",
-            "chosen": f"the answer is {COLOURS[number % 8]}" + " and more" * (number % 3),
-            "rejected": "there are birds" + " in the sky" * (number % 4) + f" {number}",
-        }
-        for number in range(16)
-    ]
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 16)
+
+
+def write_pairs(path: Path, num_rows: int) -> Path:
+    """Write pairs like those of `pairs_file` into `path`."""
+    return _write_rows(
+        path,
+        [
+            {
+                "prompt": f"what is the colour of bird {number}?",
+                "chosen": f"the answer is {COLOURS[number % 8]}" + " and more" * (number % 3),
+                "rejected": "there are birds" + " in the sky" * (number % 4) + f" {number}",
+            }
+            for number in range(num_rows)
+        ],
+    )
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

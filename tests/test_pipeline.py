@@ -17,10 +17,10 @@ import pytest
 import pipeline
 from posttrain import artifact, ledger
 from posttrain.checkpoint import mark_complete
-from posttrain.config import read_pipeline
+from posttrain.config import Config, read_pipeline
 from posttrain.error import Preempted, StageFailed
 from posttrain.provenance import now
-from posttrain.recipe import PreflightLimits, TrainingExecution
+from posttrain.recipe import TrainingExecution
 from posttrain.stage import StageConfig, load_stage
 from stages import STAGES
 
@@ -104,6 +104,7 @@ def project(tmp_path: Path, posttrain: Callable[..., Any], monkeypatch: pytest.M
         (directory / "output").mkdir(exist_ok=True)
         (directory / "output" / "model.safetensors").write_text(attempt.token)
         (directory / "final_metrics.json").write_text('{"loss": 0.5}')
+        artifact.record_output(directory, directory / "output")
         write_artifact(directory, attempt)
 
     @contextmanager
@@ -147,6 +148,29 @@ def without_output(project: Project) -> None:
     project.run()
     (project.stage("sft") / "output" / "model.safetensors").unlink()
     (project.stage("sft") / "output").rmdir()
+
+
+def output_truncated(project: Project) -> None:
+    project.run()
+    (project.stage("sft") / "output" / "model.safetensors").write_text("w")
+
+
+def output_incomplete(project: Project) -> None:
+    """A file of the output is gone, and its directory is not."""
+    project.run()
+    (project.stage("dpo") / "output" / "model.safetensors").unlink()
+
+
+def published_truncated(project: Project) -> None:
+    without_artifact_file(project)
+    (project.stage("sft") / "output" / "model.safetensors").write_text("w")
+
+
+def published_truncated_with_checkpoint(project: Project) -> None:
+    published_truncated(project)
+    checkpoint = project.stage("sft") / "checkpoints" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    mark_complete(checkpoint, step=5, world_size=1)
 
 
 def cut_off(project: Project) -> None:
@@ -280,6 +304,13 @@ BETA, RATE = "stages.dpo.beta=0.05", "stages.sft.learning_rate=2e-4"
         (without_artifact_file, [], "resume rebuild rebuild", "dpo", "sft will be built"),
         (without_artifact_file, [RATE], "drift rebuild rebuild", "sft", "0.0001 -> 0.0002, but its published output is of the old config"),
         (without_output, [], "rebuild rebuild rebuild", "sft", "its output is gone"),
+        (output_truncated, [], "damaged rebuild rebuild", "sft", "output/model.safetensors has 1 bytes, and was written with 32"),
+        (output_truncated, ["run=second"], "run run run", "sft", "not started"),
+        (output_truncated, ["--rebuild", "sft"], "rebuild rebuild rebuild", "sft", "asked for"),
+        (output_truncated, [RATE], "drift rebuild rebuild", "sft", "0.0001 -> 0.0002"),
+        (output_incomplete, [], "skip damaged rebuild", "dpo", "output/model.safetensors is missing"),
+        (published_truncated, [], "damaged rebuild rebuild", "sft", "model.safetensors has 1 bytes, and was written with 32"),
+        (published_truncated_with_checkpoint, [], "resume rebuild rebuild", "sft", "from the checkpoint of step 5"),
         (cut_off, [], "run run run", "sft", "attempt 1 left nothing to resume"),
         (cut_off, [RATE], "run run run", "sft", "attempt 1 left nothing to resume"),
         (half_checkpointed, [], "run run run", "sft", "attempt 1 left nothing to resume"),
@@ -364,6 +395,9 @@ OTHER_EXECUTION = {
     "layout": "padded",
     "attn_implementation": "sdpa",
     "save_steps": "7",
+    "save_minutes": "7",
+    "keep": "{save_total_limit: 7}",
+    "deterministic": "false",
     "logging_steps": "7",
     "preflight": "{padding: 0.9}",
 }
@@ -387,7 +421,7 @@ def test_spelling_out_the_defaults_does_not_change_a_fingerprint(project: Projec
     fields = load_stage(stage, "").config.model_fields
     given = {"sft": {"learning_rate"}, "dpo": {"beta"}, "eval": set()}[stage]
     defaults = {name: info.get_default(call_default_factory=True) for name, info in fields.items() if name not in given}
-    spelled_out = [f"stages.{stage}.{name}={json.dumps(value, default=PreflightLimits.model_dump)}" for name, value in defaults.items()]
+    spelled_out = [f"stages.{stage}.{name}={json.dumps(value, default=Config.model_dump)}" for name, value in defaults.items()]
     assert project.fingerprints(*spelled_out) == project.fingerprints()
 
 
@@ -495,6 +529,26 @@ def test_choosing_a_stage_whose_input_another_run_holds_says_to_choose_that_too(
     )
 
 
+def test_a_damaged_build_of_another_run_is_not_reused_but_made_anew(project: Project) -> None:
+    project.run()
+    weights = project.stage("sft") / "output" / "model.safetensors"
+    weights.write_text(weights.read_text()[::-1])  # of the same size: planning does not read it
+    assert project.actions("run=second") == "reuse reuse reuse"
+    ended = project.ended("run", "run=second")
+    assert ended.code == 0, ended.err
+    assert f"sft  not reused: {weights} does not hold what was written to it" in ended.out
+    assert project.built[3:] == ["sft", "dpo", "eval"], "and what was made of it is not reused either"
+
+
+def test_a_symbolic_link_in_a_build_of_another_run_is_not_followed(project: Project) -> None:
+    project.run()
+    secret = project.here / "secret"
+    secret.write_text("secret")
+    (project.stage("sft") / "output" / "added.txt").symlink_to(secret)
+    assert project.run("run=second", "--until", "sft") == ["sft"]
+    assert not (project.stage("sft", "second") / "output" / "added.txt").exists()
+
+
 # --- execute ---------------------------------------------------------------------------------------------------------
 
 
@@ -521,6 +575,55 @@ def test_rebuild_moves_the_old_build_aside_whole_and_deletes_nothing(project: Pr
     assert (old / "output" / "model.safetensors").read_text() == token
     assert artifact.read_artifact(old)
     assert project.run(BETA) == []
+
+
+def test_a_damaged_output_stops_the_run_before_anything_is_built(project: Project) -> None:
+    output_truncated(project)
+    line = project.refused("run", "--rebuild", "eval")
+    assert line.startswith(f"error: stages.sft: {project.stage('sft')}/output/model.safetensors has 1 bytes, and was written with 32; ")
+    assert line.endswith("build the stage again with --rebuild sft")
+    assert project.built == ["sft", "dpo", "eval"]
+    assert project.run("--rebuild", "sft") == ["sft", "dpo", "eval"]
+
+
+def test_a_published_output_that_is_not_what_was_published_is_published_again_from_a_checkpoint(project: Project) -> None:
+    published_truncated_with_checkpoint(project)
+    weights = project.stage("sft") / "output" / "model.safetensors"
+    ended = project.ended("run", "--only", "sft")
+    assert ended.code == 0, ended.err
+    assert f"{weights} has 1 bytes" in ended.out and "published again from the last checkpoint" in ended.out
+    assert project.built[3:] == ["sft"] and len(weights.read_text()) == 32
+    assert (project.root / "first" / ".old" / "sft" / "1" / "output" / "model.safetensors").read_text() == "w"
+
+
+def test_a_published_output_that_is_not_what_was_published_is_not_finished_where_there_is_no_checkpoint(project: Project) -> None:
+    without_artifact_file(project)
+    weights = project.stage("sft") / "output" / "model.safetensors"
+    weights.write_text(weights.read_text()[::-1])
+    assert "stages.sft: " in (line := project.refused("run")) and "does not hold what was written to it" in line
+    assert project.built == ["sft", "dpo", "eval"]
+
+
+def test_a_run_whose_stage_another_process_took_over_ends_at_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "HEARTBEAT_S", 0.01)
+
+    @contextmanager
+    def open_launcher(*_: object) -> Iterator[Callable[..., None]]:
+        def launch(directory: Path, _: object) -> None:
+            path = directory / "lease.json"
+            theirs = {**json.loads(path.read_text()), "host": "node7", "machine": "node7", "pid": 5}
+            path.write_text(json.dumps(theirs))
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                time.sleep(0.01)
+
+        yield launch
+
+    monkeypatch.setattr("posttrain.launch.open_launcher", open_launcher)
+    ended = project.ended("run")
+    assert (ended.code, ended.err.count("\n")) == (75, 1)
+    assert ended.err.startswith(f"stopped: {project.stage('sft')} was taken over by process 5 on node7, since ")
+    assert json.loads((project.stage("sft") / "lease.json").read_text())["host"] == "node7", "theirs is left to them"
 
 
 def test_a_stage_being_built_elsewhere_is_left_alone(project: Project) -> None:
@@ -619,7 +722,8 @@ PLAN_KEYS = ["stage", "kind", "action", "why", "fingerprint", "inputs"]
 
 def test_plan_as_json_has_these_keys(project: Project) -> None:
     rows = project.rows()
-    assert [list(row) for row in rows.values()] == [PLAN_KEYS] * 3
+    assert [list(row) for row in rows.values()] == [[*PLAN_KEYS, "disk_bytes"]] * 3
+    assert list(rows["sft"]["disk_bytes"]) == ["prepared", "checkpoints", "output", "total", "peak"]
     assert rows["eval"]["inputs"] == {"policies": ["base", "sft", "dpo"], "data": ["chat", "prefs"]}
 
 
@@ -713,6 +817,175 @@ def test_an_unknown_kind_of_stage_suggests_the_nearest(posttrain: Callable[..., 
     assert (ended.code, ended.err) == (2, "error: KIND: 'dpoo' is no kind of stage; did you mean 'dpo'?\n")
 
 
+# --- verify and clean ------------------------------------------------------------------------------------------------
+
+
+def test_verify_reads_every_byte_and_names_the_first_fault(project: Project) -> None:
+    project.run()
+    ended = project.call("verify", project.config, "--root", project.root, "--json")
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    assert [(row["stage"], row["what"]) for row in found if row["what"] == "output"] == [
+        ("dpo", "output"),
+        ("eval", "output"),
+        ("sft", "output"),
+    ]
+    assert all(row["faults"] == [] for row in found)
+    weights = project.stage("sft") / "output" / "model.safetensors"
+    before = weights.stat()
+    weights.write_text(weights.read_text()[::-1])
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    (project.stage("eval") / "output" / "added.json").write_text("{}")
+    for run in ("first", project.root / "first", project.config):
+        ended = project.call("verify", run, "--root", project.root)
+        assert (ended.code, ended.err.count("\n")) == (2, 1)
+        assert ended.err.startswith(f"error: first/eval: output: {project.stage('eval')}/output/added.json was put there since")
+        assert ended.err.strip().endswith("or build the stage again with --rebuild eval")
+        assert f"{weights} does not hold what was written to it" in ended.out, "all faults stand in the table"
+
+
+def test_verify_says_of_each_file_that_a_stage_is_finished_with_what_is_wrong(project: Project) -> None:
+    project.run("--only", "sft")
+    stage = project.stage("sft")
+    for name in ("artifact.json", "output.json", "final_metrics.json", "output/model.safetensors"):
+        whole = (stage / name).read_bytes()
+        for damaged in (whole[:-3], whole[:9] + bytes([whole[9] ^ 4]) + whole[10:], b""):
+            (stage / name).write_bytes(damaged)
+            if damaged != whole:
+                ended = project.call("verify", "first", "--root", project.root)
+                assert (ended.code, ended.err.count("\n")) == (2, 1), (name, damaged)
+                assert str(stage / name) in ended.err
+        (stage / name).write_bytes(whole)
+    assert project.call("verify", "first", "--root", project.root).code == 0
+
+
+def test_verify_of_what_is_no_run_says_which_there_are(project: Project) -> None:
+    project.run("--only", "sft")
+    ended = project.call("verify", "firts", "--root", project.root)
+    assert (ended.code, ended.err) == (2, ended.err)
+    assert ended.err.endswith("did you mean 'first'?\n")
+
+
+def test_verify_leaves_a_stage_alone_that_is_being_built(project: Project) -> None:
+    leased_by_a_live_process(project)
+    (project.stage("sft") / "output").mkdir()
+    ended = project.call("verify", "first", "--root", project.root)
+    assert ended.code == 0
+    assert "not checked: being built by process" in ended.out
+
+
+def spared(project: Project, *arguments: str) -> dict[str, int]:
+    """What `clean` would delete: the path below the root, and the bytes that this frees."""
+    ended = project.call("clean", "first", "--root", project.root, "--dry-run", "--json", *arguments)
+    assert ended.code == 0, ended.err
+    return {str(Path(row["path"]).relative_to(project.root)): row["bytes"] for row in json.loads(ended.out)}
+
+
+def littered(project: Project) -> None:
+    """A finished run, rebuilt once, killed in every place, with shared data that it uses and that nobody does."""
+    project.run()
+    project.run("--rebuild", "dpo")
+    (project.stage("sft") / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+    (project.stage("sft") / "checkpoints" / "checkpoint-5" / "state").write_text("12345")
+    (project.stage("dpo") / "output.partial").mkdir()
+    (project.stage("dpo") / "output.partial" / "half").write_text("123")
+    (project.stage("dpo") / ".stage.json.x1").write_text("1")
+    for key in ("used", "unused", ".old"):
+        (project.root / ".prepared" / key).mkdir(parents=True)
+        (project.root / ".prepared" / key / "rows.arrow").write_text("rows")
+    (project.stage("sft") / "prepared.json").write_text(json.dumps({"path": str(project.root / ".prepared" / "used")}))
+
+
+def test_clean_says_what_it_deletes_and_deletes_nothing_else(project: Project) -> None:
+    littered(project)
+    spares = spared(project)
+    assert set(spares) == {
+        "first/.old/dpo/1", "first/.old/eval/1", "first/sft/checkpoints", "first/dpo/output.partial", "first/dpo/.stage.json.x1",
+        ".prepared/unused", ".prepared/.old",
+    }  # fmt: skip
+    assert (spares["first/sft/checkpoints"], spares["first/dpo/output.partial"], spares[".prepared/unused"]) == (5, 3, 4)
+    files = {path for path in project.root.rglob("*") if path.is_file() and path.name != ".hashes.json"}
+    ended = project.call("clean", "first", "--root", project.root)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "there is nobody to ask; say --yes to delete, --dry-run to only look" in ended.err
+    assert all(path.exists() for path in files), "it was not asked to"
+    ended = project.call("clean", "first", "--root", project.root, "--yes")
+    assert ended.code == 0, ended.err
+    assert all(path in ended.out for path in spares)
+    left = {path for path in project.root.rglob("*") if path.is_file() and path.name != ".hashes.json"}
+    gone = {path for path in files if any(path.is_relative_to(project.root / spare) for spare in spares)}
+    assert left == files - gone
+    assert project.actions() == "skip skip skip"
+    assert spared(project) == {}
+
+
+def test_clean_asks_on_a_terminal(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    littered(project)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    for answer, is_deleted in (("n", False), ("y", True)):
+        monkeypatch.setattr("click.termui.visible_prompt_func", lambda _, answer=answer: answer)
+        assert project.call("clean", "first", "--root", project.root).code == 0
+        assert (project.root / ".prepared" / "unused").exists() != is_deleted
+
+
+def test_clean_keeps_the_checkpoints_of_an_unfinished_stage_that_are_whole(project: Project) -> None:
+    checkpointed(project)
+    whole = project.stage("sft") / "checkpoints" / "checkpoint-5"
+    (whole.parent / "checkpoint-6").mkdir()
+    assert set(spared(project)) == {"first/sft/checkpoints/checkpoint-6"}
+    assert project.call("clean", "first", "--root", project.root, "--yes").code == 0
+    assert project.rows()["sft"]["why"] == "from the checkpoint of step 5"
+    assert not (whole.parent / "checkpoint-6").exists()
+
+
+def test_clean_touches_nothing_of_a_stage_that_is_being_built_nor_what_it_may_be_about_to_read(project: Project) -> None:
+    littered(project)
+    with ledger.lease(project.stage("sft")):
+        assert set(spared(project)) == {"first/.old/dpo/1", "first/.old/eval/1", "first/dpo/output.partial", "first/dpo/.stage.json.x1"}
+        assert project.call("clean", "first", "--root", project.root, "--yes").code == 0
+        assert ledger.lease_holder(project.stage("sft"))
+        assert (project.stage("sft") / "checkpoints" / "checkpoint-5" / "state").exists()
+
+
+def test_clean_does_not_count_what_another_run_holds_too(project: Project) -> None:
+    project.run()
+    project.run("run=second")
+    project.run("--rebuild", "sft")
+    assert spared(project)["first/.old/sft/1"] < 32 + sum(
+        path.stat().st_size for path in (project.root / "first" / ".old" / "sft" / "1").rglob("*") if path.suffix == ".json"
+    )
+    assert project.call("clean", "first", "--root", project.root, "--yes").code == 0
+    assert project.actions("run=second").split()[0] == "skip"
+
+
+def test_clean_never_follows_a_link(project: Project) -> None:
+    littered(project)
+    (project.here / "mine").write_text("mine")
+    (project.stage("dpo") / "output.partial" / "link").symlink_to(project.here)
+    (project.root / ".prepared" / "linked").symlink_to(project.here)
+    assert project.call("clean", "first", "--root", project.root, "--yes").code == 0
+    assert (project.here / "mine").read_text() == "mine"
+    assert not (project.root / ".prepared" / "linked").is_symlink()
+
+
+# --- what planning costs ---------------------------------------------------------------------------------------------
+
+
+def test_planning_warns_where_the_disk_will_be_full(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert project.ended("plan").err == ""
+    header = json.dumps({"model.embed_tokens.weight": {"dtype": "F32", "shape": [1000, 1000], "data_offsets": [0, 4_000_000]}}).encode()
+    (project.here / "base" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    rows = project.rows()
+    assert (rows["sft"]["disk_bytes"]["checkpoints"], rows["sft"]["disk_bytes"]["output"]) == (36_000_000, 4_000_002)
+    needed = 2 * rows["sft"]["disk_bytes"]["total"] + rows["dpo"]["disk_bytes"]["checkpoints"]
+    for free, warns in ((needed * 2, False), (rows["sft"]["disk_bytes"]["peak"] - 1, True)):
+        monkeypatch.setattr("posttrain.disk.free_bytes", lambda _, free=free: free)
+        ended = project.ended("plan")
+        assert ended.code == 0
+        assert ended.err.startswith("warning: ") == warns
+    assert "with stages.sft about 40.0 MB will be needed; free some, as `clean` does, or choose another --root" in ended.err
+
+
 def test_planning_imports_no_heavy_library(project: Project) -> None:
     script = """
 import sys, pipeline
@@ -722,7 +995,9 @@ for arguments in sys.stdin.read().splitlines():
 heavy = {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "deepspeed", "numpy", "scipy", "jinja2"}
 print("HEAVY", sorted(heavy & sys.modules.keys()))
 """
+    project.run()
     commands = [["plan", str(project.config)], ["status", str(project.config)], ["status"], ["stages"], ["stages", "dpo"]]
+    commands += [["verify", "first"], ["clean", "first", "--dry-run"]]
     given = "\n".join("|".join([*command, *(["--root", str(project.root)] if command[0] != "stages" else [])]) for command in commands)
     ended = subprocess.run([sys.executable, "-c", script], input=given, capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
     assert ended.stdout.splitlines()[-1] == "HEAVY []", ended.stderr

@@ -23,8 +23,10 @@ Records = Iterator[tuple[str, Record]]
 """`(position, record)`; the position is `path:line` for JSONL and CSV, and `path[index]` elsewhere."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# The csv module refuses fields over 128 KiB by default, and a long document is one field; this is the most any platform takes.
-MAX_CSV_FIELD = 2**31 - 1
+MAX_ROW_BYTES = 16 << 20
+"""Longest line of a text file, field of a CSV file, and mean row of a part of a Parquet file: more tokens than any model reads."""
+MAX_JSON_BYTES = 1 << 30
+"""Longest JSON array, unpacked, since its text is held."""
 PARQUET_BATCH_ROWS = 256
 
 
@@ -124,7 +126,7 @@ def _read_jsonl(path: str) -> Records:
 
 
 def _read_csv(path: str, column_names: list[str] | None = None) -> Records:
-    csv.field_size_limit(MAX_CSV_FIELD)
+    csv.field_size_limit(MAX_ROW_BYTES)  # 128 KiB by default, and a long document is one field
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     header = column_names
     while True:
@@ -156,20 +158,26 @@ def _header(fields: list[str], at: str) -> list[str]:
 def _open_parquet(path: str) -> Records:
     pyarrow: Any = importlib.import_module("pyarrow")
     parquet: Any = importlib.import_module("pyarrow.parquet")
+    errors = (pyarrow.ArrowException, OSError, ValueError, OverflowError)  # ValueError: a name or a text that is not UTF-8
     try:
         file = parquet.ParquetFile(path)
         columns = list(file.schema_arrow.names)
-    except (pyarrow.ArrowException, OSError) as error:
+    except errors as error:
         raise UserError(f"{path} is not a Parquet file, or a damaged one ({_one_line(error)}); write it again") from None
     if len(set(columns)) != len(columns):
         raise UserError(f"{path} has two columns of one name among {json_text.names(columns)}; rename one")
-    return _parquet_records(path, file, (pyarrow.ArrowException, OSError, ValueError))
+    parts = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+    row_bytes = max((part.total_byte_size // max(1, part.num_rows) for part in parts), default=0)
+    if row_bytes > MAX_ROW_BYTES:
+        raise UserError(f"{path} has rows of {row_bytes >> 20} MiB, over {MAX_ROW_BYTES >> 20} MiB; write one sample a row")
+    batch_rows = min(PARQUET_BATCH_ROWS, MAX_ROW_BYTES // max(1, row_bytes))
+    return _parquet_records(path, file, batch_rows, errors)
 
 
-def _parquet_records(path: str, file: Any, errors: tuple[type[Exception], ...]) -> Records:
+def _parquet_records(path: str, file: Any, batch_rows: int, errors: tuple[type[Exception], ...]) -> Records:
     index = 0
     with file:
-        batches = file.iter_batches(batch_size=PARQUET_BATCH_ROWS)
+        batches = file.iter_batches(batch_size=batch_rows)
         while True:
             try:
                 records = next(batches).to_pylist()
@@ -190,12 +198,16 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
     with _open_bytes(path) as file:
         while True:
             try:
-                raw = file.readline()
+                raw = file.readline(MAX_ROW_BYTES + 1)
             except (EOFError, zlib.error, OSError) as error:
                 raise UserError(f"{path}:{number + 1}: {_unreadable(error)}") from None
             if not raw:
                 return
             number += 1
+            if len(raw) > MAX_ROW_BYTES:
+                raise UserError(f"{path}:{number}: the line is over {MAX_ROW_BYTES >> 20} MiB; write one sample a line")
+            if b"\0" in raw:
+                raise UserError(f"{path}:{number}: {_no_text(raw)}")
             try:
                 yield number, (raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw).decode("utf-8")
             except UnicodeDecodeError as error:
@@ -205,9 +217,14 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
 def _whole_text(path: str) -> str:
     with _open_bytes(path) as file:
         try:
-            raw = file.read()
+            raw = file.read(MAX_JSON_BYTES + 1)
         except (EOFError, zlib.error, OSError) as error:
             raise UserError(f"{path}: {_unreadable(error)}") from None
+    if len(raw) > MAX_JSON_BYTES:
+        raise UserError(f"{path} holds over {MAX_JSON_BYTES >> 20} MiB; one object a line makes a .jsonl file, which is not held in memory")
+    if b"\0" in raw:
+        number = raw.count(b"\n", 0, raw.index(b"\0")) + 1
+        raise UserError(f"{path}:{number}: {_no_text(raw)}")
     try:
         return raw.removeprefix(BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -240,6 +257,12 @@ def _unreadable(error: Exception) -> str:
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8 text (byte 0x{error.object[error.start]:02x}); convert the file to UTF-8"
+
+
+def _no_text(raw: bytes) -> str:
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or raw[1:2] == b"\0" or raw[:1] == b"\0":
+        return "not UTF-8 text, but UTF-16, it seems; convert the file to UTF-8"
+    return "holds a NUL byte, so it is no text, or a damaged one; write or copy the file again"
 
 
 def _one_line(error: Exception) -> str:

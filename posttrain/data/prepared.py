@@ -2,7 +2,7 @@
 
 Kept under the root, keyed by all that decides its content, and shared by every stage and run that needs the same. Rows
 stream from their files through forked workers into one Arrow file, so memory does not grow with the data. A directory
-without its manifest, which is written last, is never read.
+without its manifest, which is written last, is never read, nor one whose files are not what the manifest says.
 """
 
 import fcntl
@@ -112,23 +112,30 @@ def prepare(
     default with all cores.
     """
     path = context.root / ".prepared" / _key(context, given, encoder)
-    if not _is_whole(path):
+    hashes = disk.HashCache(context.root / ".hashes.json")
+    if not _is_whole(path, hashes):
         path.parent.mkdir(parents=True, exist_ok=True)
         progress = Progress(context.directory, is_main=context.is_main)
         progress.phase("wait for another process that prepares the same data")
         with _alone(path):
-            if not _is_whole(path):
+            if not _is_whole(path, hashes):
                 progress.phase("prepare data")
+                disk.discard_damaged(path, hashes)
                 _encode_all(context, given, encoder, path, frozenset(fatal), progress, num_processes)
-    prepared = Prepared(path, **disk.read_json(path / "manifest.json"))
+    hashes.save()
     disk.write_json(context.directory / FILE, {"path": str(path)})
-    return prepared
+    return open_prepared(path)
 
 
 def read_prepared(context: StageContext[Any]) -> Prepared:
     """What `prepare` made for this stage."""
-    path = Path(disk.read_json(context.directory / FILE)["path"])
-    return Prepared(path, **disk.read_json(path / "manifest.json"))
+    return open_prepared(Path(disk.read_json(context.directory / FILE)["path"]))
+
+
+def open_prepared(path: Path) -> Prepared:
+    """The prepared data in that directory."""
+    manifest = disk.read_sealed(path / disk.MANIFEST)
+    return Prepared(path, **{name: value for name, value in manifest.items() if name != "files"})
 
 
 def describe_formats(source: OpenSource) -> list[str]:
@@ -158,8 +165,8 @@ def _hash_code() -> str:
     return disk.hash_json({"ours": [disk.hash_file(path) for path in ours], **libraries})
 
 
-def _is_whole(path: Path) -> bool:
-    return (path / "manifest.json").is_file()
+def _is_whole(path: Path, hashes: disk.HashCache) -> bool:
+    return next(disk.entry_faults(path, hashes.hash_file), None) is None
 
 
 @contextmanager
@@ -237,14 +244,13 @@ def _encode_all(
             "first_invalid": next(iter(source.invalid.values()), None),
             "formats": describe_formats(source),
             "columns": list(encoder.columns),
+            "files": disk.describe_files(aside, disk.list_files(aside)),
         }
-        disk.write_json(aside / "manifest.json", manifest)
-        if path.exists() and not _is_whole(path):
-            shutil.rmtree(path)
+        disk.write_sealed(aside / disk.MANIFEST, manifest)
         try:
             disk.publish_directory(aside, path)
         except OSError:
-            if not _is_whole(path):  # unless, on a disk without locks, another process was faster with the very same
+            if not (path / disk.MANIFEST).is_file():  # unless, on a disk without locks, another process was faster with the very same
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -14,6 +14,7 @@ from posttrain import disk
 from posttrain.chat import ChatContract, Encoded, TrainOn, encode
 from posttrain.data.rows import Conversation, Message, Pair, Row
 from posttrain.error import UserError
+from posttrain.sandbox import OverLimit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -188,7 +189,7 @@ def _split(encoded: Encoded) -> tuple[list[int], list[int]]:
 def _encode(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], row: Row, stop: str, train_on: TrainOn) -> Encoded:
     try:
         return encode(tokenizer, messages, row.tools, stop, row.origin, train_on=train_on)
-    except LeftOut:
+    except (LeftOut, OverLimit):
         raise
     except UserError as error:
         raise LeftOut("refused", str(error)) from None

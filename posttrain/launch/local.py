@@ -22,7 +22,7 @@ from posttrain import disk
 from posttrain.artifact import FILE as ARTIFACT_FILE
 from posttrain.artifact import OUTPUT
 from posttrain.error import EXIT_PREEMPTED, Preempted, StageFailed, UserError, heed_signals
-from posttrain.ledger import PREFLIGHT_FILE, Attempt
+from posttrain.ledger import PREFLIGHT_FILE, Attempt, LeaseLost
 from posttrain.progress import Watcher
 from posttrain.worker import ERROR_FILE, Phase, work_ahead, worker
 
@@ -144,6 +144,9 @@ def _run_phase(
             watcher.show()
             if time.monotonic() > deadline - _reserve_s(watcher):
                 raise Preempted(f"stages.{attempt.name}: the time limit is near")
+    except LeaseLost:
+        within_s = 0.0  # another driver builds the stage, and must find nobody else at it
+        raise
     except (Preempted, KeyboardInterrupt):
         within_s = SAVE_WITHIN_S
         raise

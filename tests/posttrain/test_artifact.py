@@ -1,6 +1,8 @@
 """An artifact is there if and only if its stage finished; a source is what it holds."""
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,73 @@ def test_an_artifact_file_that_cannot_be_read_is_named(built: Path) -> None:
     (built / "artifact.json").mkdir()
     with pytest.raises(UserError, match=r"artifact.json: cannot be read \(Is a directory\)"):
         artifact.read_artifact(built)
+
+
+def flip(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def replace_by_link(path: Path) -> None:
+    outside = path.parents[2] / "outside"
+    outside.write_bytes(path.read_bytes())
+    path.unlink()
+    path.symlink_to(outside)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said", "by_size"),
+    [
+        (flip, "model.safetensors does not hold what was written to it", False),
+        (lambda path: path.write_bytes(b"w"), "model.safetensors has 1 bytes, and was written with 7", True),
+        (Path.unlink, "model.safetensors is missing", True),
+        (replace_by_link, "model.safetensors is a symbolic link", True),
+        (lambda path: (path.parent / "added.json").write_text("{}"), "added.json was put there since", False),
+        (lambda path: (path.parent / "link").symlink_to("/"), "link is a symbolic link", False),
+    ],
+)
+def test_a_damaged_output_is_refused_before_it_is_read(built: Path, damage: Callable[[Path], Any], said: str, by_size: bool) -> None:
+    hashes = disk.HashCache(built / ".hashes.json")
+    finished = artifact.read_artifact(built)
+    assert finished is not None
+    artifact.check_files(finished, hashes)
+    time.sleep(0.02)
+    damage(built / "output" / "model.safetensors")
+    with pytest.raises(UserError) as caught:
+        artifact.check_files(finished, hashes)
+    assert str(caught.value).startswith(f"stages.{built.name}: {built}/output/{said}")
+    assert str(caught.value).endswith(f"build the stage again with --rebuild {built.name}")
+    assert any(artifact.faults(finished, None)) == by_size, "what planning sees without reading a file"
+
+
+def test_what_lies_beside_an_output_hidden_is_nobodys_business(built: Path) -> None:
+    (built / "output" / ".DS_Store").touch()
+    finished = artifact.read_artifact(built)
+    assert finished is not None
+    assert list(artifact.faults(finished, disk.hash_file)) == []
+
+
+def test_an_output_with_a_symbolic_link_is_never_declared_finished(tmp_path: Path) -> None:
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "model.safetensors").symlink_to("/etc/hostname")
+    for declare in (write, lambda directory: artifact.record_output(directory, directory / "output")):
+        with pytest.raises(UserError, match="is a symbolic link"):
+            declare(tmp_path)
+
+
+def test_what_was_published_is_known_to_be_whole_until_it_is_verified(built: Path) -> None:
+    (built / "artifact.json").unlink()
+    (built / "final_metrics.json").write_text("{}")
+    assert [fault.split()[-1] for fault in artifact.published_faults(built, None)] == ["missing"]
+    artifact.record_output(built, built / "output")
+    assert list(artifact.published_faults(built, disk.hash_file)) == []
+    for path in (built / "final_metrics.json", built / "output" / "model.safetensors"):
+        whole = path.read_bytes()
+        flip(path)
+        assert next(artifact.published_faults(built, disk.hash_file)).startswith(str(path))
+        path.write_bytes(whole)
+    (built / "output.json").write_text((built / "output.json").read_text().replace("7", "8"))
+    assert "output.json is damaged" in next(artifact.published_faults(built, None))
 
 
 def fingerprint(source: ModelSource | DataSource, cache: Path) -> str:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,75 @@ def test_a_tree_is_copied_where_links_are_not_possible(tmp_path: Path, monkeypat
     assert not (tmp_path / "b" / "file").samefile(tmp_path / "a" / "file")
 
 
+@pytest.mark.parametrize("link", ["b", "sub/b", ".hidden", "sub"])
+def test_a_symbolic_link_is_never_followed_out_of_a_tree(tmp_path: Path, link: str) -> None:
+    tree = tmp_path / "a"
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "file").write_text("secret")
+    (tree / link).parent.mkdir(parents=True)
+    (tree / link).symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=f"{tree / link}: is a symbolic link"):
+        disk.link_tree(tree, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    assert disk.num_bytes(tree) < 1000 and list(disk.symlinks(tree)) == [tree / link]
+
+
+def test_a_linked_tree_itself_is_no_tree(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(UserError, match="is a symbolic link"):
+        disk.link_tree(tmp_path / "b", tmp_path / "c")
+
+
+def test_a_sealed_record_is_read_as_it_was_written_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    assert disk.read_sealed(path) is None
+    disk.write_sealed(path, {"a": [1, "ü"]})
+    assert disk.read_sealed(path) == {"a": [1, "ü"]}
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        try:
+            assert disk.read_sealed(path) == {"a": [1, "ü"]}, "a space, say, was changed, and nothing that it holds"
+        except ValueError:
+            continue
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_bytes(b"four"), "has 4 bytes, and was written with 5"),
+        (lambda path: path.write_bytes(b"WHOLE"), "does not hold what was written to it"),
+        (lambda path: (path.unlink(), path.mkdir()), "is no file"),
+        (lambda path: (path.rename(path.with_name("b")), path.symlink_to("b")), "is a symbolic link"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, damage: Callable[[Path], Any], said: str) -> None:
+    (tmp_path / "a").write_bytes(b"whole")
+    recorded = disk.describe_files(tmp_path, [tmp_path / "a"])
+    assert list(disk.file_faults(tmp_path, recorded, disk.hash_file)) == []
+    damage(tmp_path / "a")
+    (fault,) = disk.file_faults(tmp_path, recorded, disk.hash_file)
+    assert fault.startswith(f"{tmp_path}/a {said}")
+
+
+def test_without_reading_only_sizes_tell(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"whole")
+    recorded = disk.describe_files(tmp_path, [tmp_path / "a"])
+    (tmp_path / "a").write_bytes(b"WHOLE")
+    assert list(disk.file_faults(tmp_path, recorded, None)) == []
+    (tmp_path / "a").write_bytes(b"WHOLE!")
+    assert len(list(disk.file_faults(tmp_path, recorded, None))) == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_949, "999.9 kB"), (999_951, "1.0 MB"), (2 * 10**15, "2.0 PB")]
+)
+def test_bytes_are_written_for_people(count: int, text: str) -> None:
+    assert disk.show_bytes(count) == text
+
+
 def test_hidden_files_are_no_part_of_a_model(tmp_path: Path) -> None:
     for name in ("b", "a", "sub/c", ".hidden", ".git/d"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -154,6 +224,18 @@ def test_a_file_is_hashed_once_and_again_when_it_changed(tmp_path: Path, monkeyp
     os.utime(file, (1, 1))
     assert cached() == hash_file(file)
     assert len(reads) == 3
+
+
+def test_a_byte_changed_under_a_restored_time_is_seen(tmp_path: Path) -> None:
+    file, hashes = tmp_path / "file", disk.HashCache(tmp_path / ".hashes.json")
+    file.write_text("one")
+    before = file.stat()
+    first = hashes.hash_file(file)
+    time.sleep(0.02)  # a file system's clock ticks every few milliseconds
+    with file.open("r+") as written:
+        written.write("two")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert hashes.hash_file(file) == disk.hash_file(file) != first
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", '{"FILE": 5}', '{"FILE": [1, 2]}', '{"FILE": null}'])
@@ -273,6 +355,6 @@ def test_a_disk_that_fills_up_while_a_stage_trains_is_one_line(
     config = project(tmp_path, stories)
     ended = posttrain("run", config, "--root", small_disk)
     assert ended.code == 2, ended.err
-    assert "no space left on the disk while writing stages.sft; free some and run again" in ended.err
+    assert "has no room for a checkpoint of 0.02 GB; there is no checkpoint yet: free some and run again" in ended.err
     assert ended.err.count("\n") == 1
     assert not (small_disk / "r" / "sft" / "artifact.json").exists()

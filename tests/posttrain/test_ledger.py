@@ -8,14 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from posttrain import disk, ledger
 from posttrain.config import DataSource, ModelSource
-from posttrain.error import UserError
+from posttrain.error import UserError, heed_signals
 from posttrain.stage import load_stage
 
 REPOSITORY = Path(__file__).parents[2]
@@ -151,48 +150,101 @@ def test_the_lease_of_a_suspended_process_is_not_free(tmp_path: Path) -> None:
     first.wait()
 
 
-@dataclass
-class Contest:
-    """Threads that stand for processes, all after one lease: it is of the block that took it, whatever the thread."""
+RACE = """
+import os, random, sys, time
+from pathlib import Path
+from posttrain import ledger
+from posttrain.error import UserError
 
-    start: threading.Barrier
-    over: threading.Event
-    refused: threading.Semaphore
-    held: list[int]
+random.seed(sys.argv[2])
+ledger._machine = lambda: sys.argv[3]
+chain, link, replace = ledger._chain, os.link, Path.replace
 
-    def enter(self, directory: Path, number: int) -> None:
-        self.start.wait()
+def lingering(call):
+    def linger():
+        time.sleep(random.random() * random.choice([0, 0.001, 0.01]))
+
+    def lingered(*arguments, **options):
+        linger()
         try:
-            with ledger.lease(directory):
-                self.held.append(number)
-                self.over.wait(5)
-        except UserError:
-            self.refused.release()
+            return call(*arguments, **options)
+        finally:
+            linger()
+    return lingered
+
+ledger._chain, os.link, Path.replace = map(lingering, (chain, link, replace))
+print("ready", flush=True)
+for line in sys.stdin:
+    directory, begin = Path(sys.argv[1], line.split()[0]), float(line.split()[1])
+    time.sleep(max(0, begin - time.time()))
+    try:
+        with ledger.lease(directory):
+            (directory / "inside").mkdir()
+            time.sleep(random.random() * 0.02)
+            (directory / "inside").rmdir()
+        print("held", flush=True)
+    except UserError as error:
+        print("refused", flush=True)
+    except FileExistsError:
+        print("two at once", flush=True)
+"""
+NUM_RACES = 60
 
 
-def test_of_many_that_find_a_dead_lease_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    look = ledger.lease_holder
+def test_of_many_processes_on_two_hosts_that_find_a_dead_lease_no_two_hold_it_at_once(tmp_path: Path) -> None:
+    """No locks are asked for anywhere, and every step of taking a lease over is drawn out at random."""
+    with ledger.lease(tmp_path):
+        record = json.loads((tmp_path / "lease.json").read_text())
+    hosts = ["a", "b"] * 3
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACE, str(tmp_path), str(number), host],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY,
+        )
+        for number, host in enumerate(hosts)
+    ]  # fmt: skip
+    held = 0
+    try:
+        assert [said(racer) for racer in racers] == ["ready"] * len(racers)
+        for race in range(NUM_RACES):
+            directory = tmp_path / str(race)
+            directory.mkdir()
+            disk.write_json(directory / "lease.json", {**record, "machine": random.choice("ab"), "born": "1", "token": str(race)})
+            os.utime(directory / "lease.json", (time.time() - ledger.LEASE_EXPIRES_S - 1,) * 2)
+            begin = time.time() + 0.02
+            for racer in racers:
+                assert racer.stdin is not None
+                print(race, begin, file=racer.stdin, flush=True)
+            results = [said(racer) for racer in racers]
+            assert set(results) <= {"held", "refused"}, f"race {race}: {results}"
+            assert "held" in results, f"race {race}: nobody got it"
+            assert not list(directory.iterdir()), "nothing of the race is left"
+            held += results.count("held")
+    finally:
+        for racer in racers:
+            racer.kill()
+            racer.communicate()
+    assert held < NUM_RACES * len(racers), "they did race"
 
-    def look_and_linger(directory: Path) -> ledger.Holder | None:
-        seen = look(directory)
-        time.sleep(random.random() / 100)
-        return seen
 
-    monkeypatch.setattr(ledger, "lease_holder", look_and_linger)
-    for _ in range(10):
+def test_a_process_that_died_while_it_took_a_lease_over_can_be_taken_over_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = holder(tmp_path, 60)
+    assert said(dead) == "held"
+    dead.kill()
+    dead.wait()
+    died = os.fork()
+    if died == 0:
+        monkeypatch.setattr(disk, "write_json", lambda path, value: path.write_text(json.dumps(value)))
+        monkeypatch.setattr(Path, "replace", lambda *_: os._exit(9))
         with ledger.lease(tmp_path):
-            record = json.loads((tmp_path / "lease.json").read_text())
-        (tmp_path / "lease.json").write_text(json.dumps({**record, "born": "1"}))
-        contest = Contest(threading.Barrier(4), threading.Event(), threading.Semaphore(0), [])
-        threads = [threading.Thread(target=contest.enter, args=(tmp_path, number)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        refused = [contest.refused.acquire(timeout=5) for _ in range(3)]
-        contest.over.set()
-        for thread in threads:
-            thread.join()
-        assert refused == [True] * 3
-        assert len(contest.held) == 1
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(died, 0)[1]) == 9
+    assert len([path for path in tmp_path.iterdir() if path.name.startswith(".lease.after.")]) == 1
+    assert ledger.lease_holder(tmp_path) is None
+    with ledger.lease(tmp_path):
+        found = ledger.lease_holder(tmp_path)
+        assert found is not None and found.pid == os.getpid()
+    assert not list(tmp_path.glob("lease.json")) and not list(tmp_path.glob(".lease.after.*"))
 
 
 def test_a_lease_beats_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,18 +276,40 @@ def test_the_lease_of_another_host_lives_as_long_as_its_heart_beats(tmp_path: Pa
         assert ledger.lease_holder(tmp_path)
 
 
-def test_who_lost_the_lease_neither_keeps_it_alive_nor_gives_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("skew_s", [-3600, 3600])
+def test_how_old_a_heartbeat_of_another_host_is_does_not_depend_on_the_clock_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skew_s: float
+) -> None:
+    foreign(tmp_path, age_s=1)
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + skew_s)
+    with pytest.raises(UserError, match="on node7"), ledger.lease(tmp_path):
+        pass
+    os.utime(tmp_path / "lease.json", (clock() - ledger.LEASE_EXPIRES_S - 1,) * 2)
+    with ledger.lease(tmp_path):
+        pass
+
+
+def test_who_lost_the_lease_neither_keeps_it_alive_nor_gives_it_back_and_is_told_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A machine that slept for an hour wakes up to find that another took over."""
     monkeypatch.setattr(ledger, "HEARTBEAT_S", 0.01)
     path = tmp_path / "lease.json"
-    with ledger.lease(tmp_path):
+    told: list[int] = []
+    with heed_signals(told.append), ledger.lease(tmp_path):
+        assert ledger.lost_lease() is None
         record = json.loads(path.read_text())
-        disk.write_json(path, {**record, "host": "node7", "machine": "node7", "token": "theirs"})
-        time.sleep(0.03)
+        disk.write_json(path, {**record, "host": "node7", "machine": "node7", "pid": 5, "token": "theirs"})
         os.utime(path, (0, 0))
-        time.sleep(0.1)
+        deadline = time.monotonic() + 5
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert told == [signal.SIGTERM]
+        assert "was taken over by" in str(ledger.lost_lease())
         assert path.stat().st_mtime == 0
     assert json.loads(path.read_text())["token"] == "theirs"
+    assert ledger.lost_lease() is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"host": 1}'])

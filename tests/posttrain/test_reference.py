@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from posttrain import reference
+from posttrain import disk, reference
 from posttrain.config import DataSource, ModelSource
 from posttrain.data.prepared import read_prepared
 from posttrain.data.samples import IGNORED
@@ -145,6 +145,20 @@ def test_it_is_another_for_other_weights_other_pairs_and_other_numbers(tmp_path:
     assert place(dpo_context(tmp_path, same_weights, pairs_file)) == places[0], "a copy of the weights is the same reference"
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_chunk_that_is_not_what_was_written_is_computed_again(tmp_path: Path, suffix: str, size: int) -> None:
+    found = Reference(tmp_path / "reference", np.full((4, 2), 3, dtype=np.int64))
+    assert not found.has_chunk(0)
+    found.put_chunk(0, np.zeros(24, dtype=np.float32))
+    assert found.has_chunk(0)
+    file = found.chunk_file(0).with_suffix(suffix)
+    content = bytearray(file.read_bytes())
+    content[size] ^= 1
+    file.write_bytes(content[: size or None])
+    assert not found.has_chunk(0)
+
+
 def test_what_is_cut_off_by_a_signal_goes_on_with_the_rows_that_are_missing(
     tmp_path: Path, tiny: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,12 +175,12 @@ def test_what_is_cut_off_by_a_signal_goes_on_with_the_rows_that_are_missing(
         if max(rows) >= 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Preempted, match="keeps the reference of the pairs up to 10"):
+    with pytest.raises(Preempted, match="keeps the reference of the pairs up to 5"):
         compute(context, on_rows=interrupt)
     assert max(asked) == 9
     assert not read_reference(context, read_prepared(context)).is_whole
     chunks = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
-    assert sorted(chunks) == ["rows-000000000.npy", "rows-000000005.npy"]
+    assert sorted(chunks) == ["rows-000000000.json", "rows-000000000.npy"], "the chunk at hand is given up between micro-batches"
 
     again: list[int] = []
     finished: dict[str, int] = {}
@@ -176,9 +190,9 @@ def test_what_is_cut_off_by_a_signal_goes_on_with_the_rows_that_are_missing(
         finished.update({file.name: file.stat().st_mtime_ns for file in path.iterdir()})
 
     found = compute(context, on_rows=follow)
-    assert set(again) == set(range(10, 16))
+    assert set(again) == set(range(5, 16))
     assert {name: finished[name] for name in chunks} == chunks
-    assert [file.name for file in path.iterdir()] == ["log_probs.npy"] and found.is_whole
+    assert sorted(file.name for file in path.iterdir()) == ["log_probs.npy", "manifest.json"] and found.is_whole
     for row in range(16):
         for ours, theirs in zip(found[row], expected[row], strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
@@ -266,6 +280,7 @@ def test_a_second_run_with_another_beta_reads_what_the_first_computed(posttrain:
     (file,) = tmp_path.glob(".reference/*/log_probs.npy")
     # Marked, so that whoever reads it shows it: of every chosen token, a nat more.
     np.save(file, np.load(file) + 1)
+    disk.write_sealed(file.parent / disk.MANIFEST, {"files": disk.describe_files(file.parent, [file])})
     before = file.stat().st_mtime_ns
     run("run=again", "stages.dpo.beta=0.5", "stages.dpo.loss_type=[hinge]")
     assert (file.stat().st_mtime_ns, list(tmp_path.glob(".reference/*/log_probs.npy"))) == (before, [file])
