@@ -7,7 +7,7 @@ ROOT ?= runs
 export HF_HUB_OFFLINE ?= 1
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: setup quickstart quickstart-short test check pins clean
+.PHONY: setup quickstart quickstart-short test soak check audit pins clean
 
 setup: $(READY)
 
@@ -33,10 +33,20 @@ quickstart-short: $(READY)
 test: $(READY) check
 	$(BIN)/python -m pytest
 
+# Runs that are killed at N random moments, each held against one that was not; the last line is `identical: K of N`.
+N ?= 200
+SEED ?= 0
+soak: $(READY)
+	$(BIN)/python -m tests.faults.soak $(N) --seed $(SEED)
+
 check: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Known vulnerabilities of the pinned versions, asked of the Python Packaging Advisory Database; needs the network.
+audit: $(READY)
+	$(BIN)/pip-audit --requirement requirements.txt --no-deps --disable-pip --strict --progress-spinner off
 
 # The newest versions that pyproject.toml allows, without addresses, so that no registry is named.
 pins: $(READY)

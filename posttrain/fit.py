@@ -168,7 +168,7 @@ def read_deepspeed(path: str, at: str) -> dict[str, Any]:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{at}.deepspeed: {path} cannot be read ({error.strerror}); ds_configs/ has some to use") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{at}.deepspeed: {path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{at}.deepspeed: {path} must hold a JSON object")

@@ -209,7 +209,12 @@ def _verify(attempt: Attempt, stage: Stage[Any], context: StageContext[Any]) -> 
         version=attempt.version,
         inputs=attempt.input_builds,
         metrics=metrics,
-        provenance={**provenance(attempt.started), "config": attempt.config, "num_processes": attempt.num_processes},
+        provenance={
+            **provenance(attempt.started),
+            "config": attempt.config,
+            "num_processes": attempt.num_processes,
+            "sources": {entry["name"]: entry["source"] for role in attempt.inputs.values() for entry in role},
+        },
     )
     removal.join()
 

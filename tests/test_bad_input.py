@@ -3,18 +3,26 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pydantic.fields import FieldInfo
 
 import pipeline
+from posttrain.config import Config, apply_override
+from posttrain.error import UserError
+from posttrain.stage import load_stage
+from tests.security.preparing import Refuse, refuse, run_prepare, write_pipeline
+
+__all__ = ["refuse"]
 
 PIPELINE = """\
 run: zoo
@@ -208,6 +216,30 @@ FILES: list[tuple[str, str | bytes, str]] = [
     ("a control character", b"run: \x07", "FILE: not valid YAML: "),
     ("binary data", bytes(range(256)), "FILE: cannot be read (not UTF-8 text)"),
     ("JSON cut off", '{"run": "x"', "FILE:1: not valid YAML: "),
+    (
+        "aliases of aliases",
+        "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 20)),
+        "FILE: its aliases",
+    ),
+    (
+        "merges of merges",
+        "m0: &m0 {a: 1}\n" + "".join(f"m{n}: &m{n} {{<<: [*m{n - 1}, *m{n - 1}]}}\n" for n in range(1, 60)),
+        "FILE: its aliases",
+    ),
+    ("a chain of aliases", "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 3000)), "FILE: "),
+    ("lists in lists", "run: " + "[" * 100_000, "FILE:1: not valid YAML: nested over 100 deep"),
+    ("mappings in mappings", "".join(" " * depth + "a:\n" for depth in range(500)), "FILE:101: not valid YAML: nested over 100 deep"),
+    ("a huge integer", "run: " + "9" * 100_000, "FILE: not valid YAML: "),
+    ("a huge hexadecimal integer", "run: 0x" + "f" * 100_000, "FILE: run: a number of more than 64 bits is too large"),
+    ("a file of five megabytes", "run: x" + " " * (5 << 20), "FILE: cannot be read (over 4 MiB)"),
+    ("half a character", 'run: "\\ud800"', "FILE:1: not valid YAML: found invalid Unicode"),
+    ("UTF-16", PIPELINE.encode("utf-16"), "FILE: cannot be read (not UTF-8 text)"),
+    ("CRLF and a tab", b"run: x\r\n\tsources: {}\r\n", "FILE:2: not valid YAML: "),
+    ("NUL bytes", b"run: \0", "FILE: not valid YAML: "),
+    ("an object of Python", "run: !!python/object/apply:os.system [true]", "FILE:1: not valid YAML: could not determine a constructor"),
+    ("a set", "run: !!set {x}", "FILE: "),
+    ("bytes", "run: !!binary aGVsbG8=", "FILE: run: b'hello' is neither text, number, list nor mapping"),
+    ("Infinity", "run: .inf", "FILE: run: inf is not finite"),
 ]
 
 
@@ -224,6 +256,16 @@ def test_a_pipeline_file_that_cannot_be_read_is_named(tmp_path: Path, posttrain:
     missing, folder, too_long = tmp_path / "none.yaml", tmp_path, Path("x" * 300)
     for path, reason in [(missing, "No such file or directory"), (folder, "Is a directory"), (too_long, "File name too long")]:
         assert refusal(posttrain, path, tmp_path / "runs").startswith(f"{path}: cannot be read ({reason}); give the path of a")
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "status", "inspect", "chat"])
+def test_what_is_no_file_is_not_waited_for(here: Path, tmp_path: Path, posttrain: Callable[..., Any], command: str) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero")):
+        ended = posttrain(command, path, *(["sft"] if command == "inspect" else []), "--root", tmp_path / "runs")
+        assert (ended.code, ended.err) == (2, f"error: {path}: cannot be read (not a regular file); give the path of a pipeline file\n")
+    line = refusal(posttrain, here / "pipeline.yaml", tmp_path / "runs", f"stages.sft.chat_template={tmp_path / 'fifo'}")
+    assert line == f"stages.sft.chat_template: {tmp_path / 'fifo'} is no regular file; give the path of one"
 
 
 def test_a_root_that_is_a_file_is_named(here: Path, tmp_path: Path, posttrain: Callable[..., Any]) -> None:
@@ -347,14 +389,15 @@ PLACES = st.lists(st.sampled_from(WORDS) | st.text(max_size=4), min_size=1, max_
 FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
-def planned(config: Path, root: Path, *overrides: str) -> None:
-    """`plan` ends with 0, or with 2 and one line; any other exception of it is raised here."""
+def planned(config: Path, root: Path, *overrides: str) -> int:
+    """`plan` ends with 0, or with 2 and one line; any other exception of it is raised here. Returns the code."""
     out, err = io.StringIO(), io.StringIO()
     arguments = ["pipeline.py", "plan", "--root", str(root), "--", str(config), *overrides]
     with mock.patch("sys.argv", arguments), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = pipeline.main()
     assert code in (0, 2), (code, err.getvalue())
     assert len(err.getvalue().splitlines()) == (0 if code == 0 else 1), err.getvalue()
+    return code
 
 
 @FUZZ
@@ -389,3 +432,105 @@ def test_any_override_is_planned_or_refused(here: Path, tmp_path: Path, key: str
 def test_any_text_as_a_pipeline_file_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "fuzzed.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
     planned(tmp_path / "fuzzed.yaml", tmp_path / "runs")
+
+
+# --- every field of every stage --------------------------------------------------------------------------------------
+
+
+def wrong_values(info: FieldInfo) -> list[Any]:
+    """Values of another type than a field's, and values just outside of its bounds."""
+    kinds = {kind for kind in (bool, int, float, str, dict) if mentions(info.annotation, kind)}
+    wrong: list[Any] = [[[1]]] if dict in kinds else [[[1]], {"nonsense": 1}]
+    if str not in kinds:
+        wrong += ["nonsense", "1", ""]
+    if not kinds & {int, float}:
+        wrong += [1, 0.5]
+    elif float not in kinds:
+        wrong += [0.5, 1e30]
+    if bool not in kinds:
+        wrong += [True]
+    steps = {"gt": 0, "ge": -1, "lt": 0, "le": 1}
+    return wrong + [getattr(bound, name) + step for bound in info.metadata for name, step in steps.items() if hasattr(bound, name)]
+
+
+def mentions(annotation: Any, kind: type) -> bool:
+    """Whether a value of that kind may be what the annotation says, beside others."""
+    origin = get_origin(annotation)
+    if origin is None or origin in (list, dict):
+        return (origin or annotation) is kind
+    return any(mentions(part, kind) for part in get_args(annotation))
+
+
+def fields_of(config: type[Config], at: str) -> Iterator[tuple[str, FieldInfo]]:
+    """Every field of a config class and of those nested in it, by its dotted path."""
+    for name, info in config.model_fields.items():
+        yield f"{at}.{name}", info
+        for nested in (info.annotation, *get_args(info.annotation)):
+            if isinstance(nested, type) and issubclass(nested, Config):
+                yield from fields_of(nested, f"{at}.{name}")
+
+
+FIELDS = [field for kind in ("sft", "dpo", "eval", "curate") for field in fields_of(load_stage(kind, kind).config, f"stages.{kind}")]
+WRONG = [(path, value) for path, info in FIELDS for value in wrong_values(info)]
+
+
+@pytest.fixture(scope="module")
+def every_kind(here: Path) -> Path:
+    """A pipeline file with a stage of every kind."""
+    path = here / "every_kind.yaml"
+    path.write_text((here / "pipeline.yaml").read_text() + "  curate: {inputs: {data: [chat]}}\n")
+    return path
+
+
+@pytest.mark.parametrize(("path", "value"), WRONG, ids=[f"{path}={value!r}" for path, value in WRONG])
+def test_a_wrong_value_of_any_field_names_the_field(
+    every_kind: Path, tmp_path: Path, posttrain: Callable[..., Any], path: str, value: Any
+) -> None:
+    line = refusal(posttrain, every_kind, tmp_path / "runs", f"{path}={json.dumps(value)}")
+    assert line.startswith(path)
+
+
+@FUZZ
+@given(mistakes=st.lists(st.sampled_from(WRONG), min_size=1, max_size=4))
+def test_of_several_mistakes_one_is_named(every_kind: Path, tmp_path: Path, mistakes: list[tuple[str, Any]]) -> None:
+    raw: Any = pipeline.read_pipeline(every_kind).model_dump(mode="json", exclude_unset=True)
+    for path, value in mistakes:
+        with contextlib.suppress(UserError):  # one may stand in the place of another
+            apply_override(raw, f"{path}={json.dumps(value)}")
+    (tmp_path / "fuzzed.yaml").write_text(json.dumps(raw))
+    assert planned(tmp_path / "fuzzed.yaml", tmp_path / "runs") == 2
+
+
+TRAINER = [
+    ("{adam_beta2: 5.0}", "adam_beta2: 5.0 is refused: Invalid beta parameter at index 1"),
+    ("{adam_beta1: -0.1}", "adam_beta1: -0.1 is refused: Invalid beta parameter at index 0"),
+    ("{adam_epsilon: -1.0e-8}", "adam_epsilon: -1e-08 is refused: Invalid epsilon value"),
+    ("{max_grad_norm: 1.0}", "max_grad_norm: is a field of the stage"),
+    ("{dataloader_num_workers: -1}", "dataloader_num_workers: -1 is refused: "),
+    ("{dataloader_prefetch_factor: 2}", "dataloader_prefetch_factor: 2 is refused: "),
+    ("{lr_scheduler_kwargs: {nonsense: 1}}", "lr_scheduler_kwargs: {'nonsense': 1} is refused: "),
+    ("{adam_beta2: 0.9, adam_beta1: 1.0}", "adam_beta1: 1.0 is refused: "),
+    ("{adam_beta2: '0.9'}", "adam_beta2: '0.9' is no float"),
+    ("{adam_beta2: true}", "adam_beta2: True is no float"),
+    ("{adam_beta3: 0.9}", "adam_beta3: SFTConfig has no such field; did you mean"),
+    ("{output_dir: /tmp/x}", "output_dir: is set by the pipeline"),
+    ("{push_to_hub: true}", "push_to_hub: is set by the pipeline"),
+    ("{fp16: true}", "fp16: is set by the pipeline; use bf16"),
+]
+
+
+@pytest.mark.parametrize(("trainer", "said"), TRAINER, ids=[trainer for trainer, _ in TRAINER])
+def test_a_wrong_field_of_the_trainer_is_named_before_data_are_read(
+    tmp_path: Path, tiny: Path, refuse: Refuse, trainer: str, said: str
+) -> None:
+    (tmp_path / "x.jsonl").write_text("no rows")
+    assert refuse(tiny, tmp_path / "x.jsonl", f"stages.sft.trainer={trainer}").startswith(f"stages.sft.trainer.{said}")
+
+
+def test_fields_of_the_trainer_that_are_right_together_are_taken(
+    tmp_path: Path, tiny: Path, chat_file: Path, posttrain: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_pipeline(tmp_path / "pipeline.yaml", tiny, chat_file)
+    trainer = "stages.sft.trainer={adam_beta2: 0.95, dataloader_num_workers: 1, dataloader_prefetch_factor: 2}"
+    ended = run_prepare(posttrain, monkeypatch, path, "--root", tmp_path / "runs", trainer)
+    assert "prepared" in ended.err

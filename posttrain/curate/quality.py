@@ -222,14 +222,20 @@ def _load_reward(bench: Bench) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    from posttrain.models import check_files
+
     given = bench.context.input("reward")
     source, at = given.model, f"{bench.context.at}: {given.name}"
+    check_files(given, bench.context.at)
     options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    weights = {"use_safetensors": None if source.allow_pickle else True, "weights_only": True}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "auto" if device == "cuda" else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.model, **options)
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(source.model, dtype=dtype, output_loading_info=True, **options)
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            source.model, dtype=dtype, output_loading_info=True, **weights, **options
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise UserError(f"{at}: {source.model} cannot be loaded as a reward model: {' '.join(str(error).split())[:300]}") from error
     model, loading = loaded

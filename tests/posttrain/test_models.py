@@ -48,6 +48,7 @@ def test_a_tensor_that_changed_after_publishing_is_not_handed_on(posttrain: Cli,
     weights = load_file(published / "output" / "model.safetensors")
     weights["lm_head.weight"][0, 0] += 1e-3
     save_file(weights, published / "output" / "model.safetensors", metadata={"format": "pt"})
+    record_output(published, published / "output")  # as if it had been written so
     ended = posttrain("run", pipeline_file, "--root", published.parent.parent, *SHORT)
     assert ended.code == 1
     assert "tensor lm_head.weight" in ended.err
@@ -71,6 +72,7 @@ def test_a_policy_that_would_not_stop_is_not_handed_on(
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
+    record_output(published, published / "output")  # as if it had been written so
     ended = posttrain("run", pipeline_file, "--root", published.parent.parent, *SHORT)
     assert ended.code in (1, 2)
     assert said in ended.err
