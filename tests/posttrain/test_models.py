@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from posttrain.artifact import record_output
 from tests.conftest import Ended
 
 Cli = Callable[..., Ended]
