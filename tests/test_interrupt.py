@@ -1,27 +1,18 @@
 """However a run is ended, it ends whole: quickly, with no process left behind, and the same command goes on from there."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.real
+from posttrain.disk import read_json
+from tests.faults.harness import Chain, Driver, started
 
-REPOSITORY = Path(__file__).parent.parent
-MARK = "POSTTRAIN_TEST_MARK"
 NUM_STEPS = 100
-END_WITHIN_S = 10.0
-"""As long as ending may take; a machine that does other work besides is not what is tested."""
-START_WITHIN_S = 120.0
 
 
 @pytest.fixture(autouse=True)
@@ -32,147 +23,101 @@ def _hears_ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@dataclass
-class Project:
-    """A pipeline of one slow stage on two ranks, and the drivers started on it; `mark` is in the environment of all processes."""
-
-    here: Path
-    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-    @property
-    def stage(self) -> Path:
-        return self.here / "runs" / "r" / "sft"
-
-    def start(self) -> subprocess.Popen[str]:
-        """`run`, in a session of its own."""
-        return subprocess.Popen(
-            [sys.executable, "pipeline.py", "run", str(self.here / "pipeline.yaml"), "--root", str(self.here / "runs")],
-            cwd=REPOSITORY,
-            env={**os.environ, MARK: self.mark},
-            stdout=(self.here / "out").open("w"),
-            stderr=(self.here / "err").open("w"),
-            text=True,
-            start_new_session=True,
-        )
-
-    def is_past(self, step: int, *, attempt: int) -> bool:
-        """Whether that attempt has trained beyond the step."""
-        try:
-            number = json.loads((self.stage / "stage.json").read_text())["number"]
-            state = json.loads((self.stage / "progress.json").read_text())
-        except FileNotFoundError:
-            return False
-        return bool(number == attempt and state["phase"] == "train" and state["step"] > step)
-
-    def last_checkpoint(self) -> int:
-        return max((int(path.parent.name.split("-")[1]) for path in self.stage.glob("checkpoints/*/COMPLETE")), default=0)
-
-    def processes(self) -> dict[int, str]:
-        """Every process that is of these drivers, or descends from one, by its id."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                if f"{MARK}={self.mark}".encode() in (path / "environ").read_bytes():
-                    found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200]
-            except OSError:
-                continue  # ended just now
-        return found
-
-    def wait(self, condition: Callable[[], bool], within_s: float, what: str) -> None:
-        deadline = time.monotonic() + within_s
-        while not condition():
-            assert time.monotonic() < deadline, f"{what} within {within_s} s; err: {(self.here / 'err').read_text()}"
-            time.sleep(0.1)
-
-    def ended(self, driver: subprocess.Popen[str]) -> tuple[int, str]:
-        """Exit code and stderr of a driver that was told to end, when nothing of it is left."""
-        code = driver.wait(END_WITHIN_S)
-        self.wait(lambda: not self.processes(), 5.0, "the last process was to end")
-        return code, (self.here / "err").read_text()
-
-
 @pytest.fixture
-def project(tmp_path: Path, stories: Path) -> Iterator[Project]:
+def chain(tmp_path: Path, tiny: Path) -> Chain:
+    """A pipeline of one slow stage on two ranks."""
     rows = [{"prompt": f"What is {i}?", "completion": f"It is {i}, and after it comes {i + 1}."} for i in range(8)]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "pipeline.yaml").write_text(f"""
 run: r
-sources: {{base: {{model: {stories}}}, chat: {{data: {tmp_path}/chat.jsonl}}}}
+sources: {{base: {{model: {tiny}}}, chat: {{data: {tmp_path}/chat.jsonl}}}}
 stages:
   sft: {{inputs: {{policy: base, data: chat}}, max_steps: {NUM_STEPS}, global_batch_size: 8, micro_batch_tokens: 1,
          save_steps: 10, max_length: 128, num_processes: 2}}
 """)
-    project = Project(tmp_path)
-    yield project
-    for pid in project.processes():
-        os.kill(pid, signal.SIGKILL)
+    return Chain(tmp_path / "pipeline.yaml", tmp_path / "runs")
 
 
-def prepares_ahead(project: Project) -> bool:
+@pytest.fixture
+def start(chain: Chain, tmp_path: Path) -> Iterator[Callable[[], Driver]]:
+    """Starts the command as a user would; nothing of it is left after the test."""
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(started(chain.command, tmp_path / "log", warm=False))
+
+
+def is_past(chain: Chain, step: int, *, attempt: int) -> bool:
+    """Whether that attempt has trained beyond the step."""
+    record = read_json(chain.directory / "sft" / "stage.json")
+    return bool(record and record["number"] == attempt and chain.is_in("sft", "train", past=step))
+
+
+def last_checkpoint(chain: Chain) -> int:
+    return max(chain.checkpoints("sft"), default=0)
+
+
+def prepares_ahead(chain: Chain) -> bool:
     """Whether rows of the second stage are being encoded while the first trains."""
-    return project.is_past(0, attempt=1) and any(project.here.glob("runs/.prepared/.*.partial-*/rows.arrow"))
+    return is_past(chain, 0, attempt=1) and any(chain.root.glob(".prepared/.*.partial-*/rows.arrow"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["Ctrl-C", "SIGTERM", "kill -9"])
-def test_a_run_that_is_ended_while_it_prepares_ahead_leaves_no_process_behind(project: Project, number: signal.Signals) -> None:
+def test_a_run_that_is_ended_while_it_prepares_ahead_leaves_no_process_behind(
+    chain: Chain, start: Callable[[], Driver], number: signal.Signals
+) -> None:
+    here = chain.file.parent
     answers = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": f"{i} it may be."} for i in range(30_000)]
-    (project.here / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
-    text = (project.here / "pipeline.yaml").read_text()
-    text = text.replace("sources: {", f"sources: {{prefs: {{data: {project.here}/prefs.jsonl}}, ")
-    (project.here / "pipeline.yaml").write_text(text + "  dpo: {inputs: {policy: sft, data: prefs}, max_steps: 1, max_length: 128}\n")
-    driver = project.start()
-    project.wait(lambda: prepares_ahead(project), START_WITHIN_S, "preparing ahead was to begin")
+    (here / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    text = chain.file.read_text().replace("sources: {", f"sources: {{prefs: {{data: {here}/prefs.jsonl}}, ")
+    chain.file.write_text(text + "  dpo: {inputs: {policy: sft, data: prefs}, max_steps: 1, max_length: 128}\n")
+    driver = start()
+    driver.meet(lambda: prepares_ahead(chain), "preparing ahead was to begin")
+    driver.signal(number)
+    code, err = driver.ended()
     if number == signal.SIGKILL:
-        driver.kill()
-        driver.wait()
-        project.wait(lambda: not project.processes(), END_WITHIN_S, "the orphans were to end")
+        assert code == -signal.SIGKILL
         return
-    driver.send_signal(number)
-    code, err = project.ended(driver)
     assert code == 75
     assert "Traceback" not in err
-    assert not prepares_ahead(project), "what was half made is taken away"
+    assert not prepares_ahead(chain), "what was half made is taken away"
 
 
-def actions(posttrain: Callable[..., Any], project: Project) -> dict[str, Any]:
-    (row,) = json.loads(posttrain("plan", project.here / "pipeline.yaml", "--root", project.here / "runs", "--json").out)
+def actions(posttrain: Callable[..., Any], chain: Chain) -> dict[str, Any]:
+    (row,) = json.loads(posttrain("plan", *chain.command[1:], "--json").out)
     return dict(row)
 
 
 def test_a_run_that_is_ended_in_every_way_leaves_nothing_behind_and_goes_on_where_it_was(
-    project: Project, posttrain: Callable[..., Any]
+    chain: Chain, start: Callable[[], Driver], posttrain: Callable[..., Any]
 ) -> None:
     # Killed while it trains: there is nobody to save anything, so it goes on from the last checkpoint.
-    driver = project.start()
-    project.wait(lambda: project.is_past(15, attempt=1), START_WITHIN_S, "training was to begin")
-    assert len(project.processes()) >= 4, "a driver, a warm parent and two ranks"
-    assert actions(posttrain, project)["action"] == "running"
-    driver.kill()
-    driver.wait()
-    project.wait(lambda: not project.processes(), END_WITHIN_S, "the orphans were to end")
-    row = actions(posttrain, project)
-    assert (row["action"], row["why"]) == ("resume", f"from the checkpoint of step {project.last_checkpoint()}")
+    driver = start()
+    driver.meet(lambda: is_past(chain, 15, attempt=1), "training was to begin")
+    assert len(driver.processes()) >= 4, "a driver, a warm parent and two ranks"
+    assert actions(posttrain, chain)["action"] == "running"
+    driver.signal(signal.SIGKILL)
+    driver.ended()
+    row = actions(posttrain, chain)
+    assert (row["action"], row["why"]) == ("resume", f"from the checkpoint of step {last_checkpoint(chain)}")
 
     # Ctrl-C while it trains reaches the whole process group: the step at hand is saved.
-    killed_at = project.last_checkpoint()
-    driver = project.start()
-    project.wait(lambda: project.is_past(killed_at + 2, attempt=2), START_WITHIN_S, "training was to go on")
-    os.killpg(driver.pid, signal.SIGINT)
-    code, err = project.ended(driver)
+    killed_at = last_checkpoint(chain)
+    driver = start()
+    driver.meet(lambda: is_past(chain, killed_at + 2, attempt=2), "training was to go on")
+    driver.signal(signal.SIGINT, whole_group=True)
+    code, err = driver.ended()
     assert code == 75
     assert err.splitlines()[-1].startswith("stopped: ")
     assert "Traceback" not in err
-    assert project.last_checkpoint() > killed_at + 2
-    assert actions(posttrain, project)["action"] == "resume"
+    assert last_checkpoint(chain) > killed_at + 2
+    assert actions(posttrain, chain)["action"] == "resume"
 
     # Left alone, it finishes, with every step logged once.
-    stopped_at = project.last_checkpoint()
-    ended = posttrain("run", project.here / "pipeline.yaml", "--root", project.here / "runs")
+    stopped_at = last_checkpoint(chain)
+    ended = posttrain(*chain.command)
     assert ended.code == 0, ended.err
     assert f"sft  resume: from the checkpoint of step {stopped_at}\n" in ended.out
-    steps = [json.loads(line)["step"] for line in (project.stage / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, NUM_STEPS + 1))
-    assert actions(posttrain, project)["action"] == "skip"
+    assert [line["step"] for line in chain.logged("sft")] == list(range(1, NUM_STEPS + 1))
+    assert actions(posttrain, chain)["action"] == "skip"
 
 
 @pytest.mark.parametrize(
@@ -181,17 +126,15 @@ def test_a_run_that_is_ended_in_every_way_leaves_nothing_behind_and_goes_on_wher
     ids=["Ctrl-C", "SIGINT", "SIGTERM", "kill -9"],
 )
 def test_a_run_that_is_ended_while_libraries_are_still_being_imported_leaves_nothing_behind(
-    project: Project, number: signal.Signals, whole_group: bool, code: int
+    chain: Chain, start: Callable[[], Driver], number: signal.Signals, whole_group: bool, code: int
 ) -> None:
-    driver = project.start()
-    project.wait(lambda: (project.stage / "lease.json").exists(), START_WITHIN_S, "the stage was to be taken up")
-    if whole_group:
-        os.killpg(driver.pid, number)
-    else:
-        driver.send_signal(number)
-    ended, err = project.ended(driver)
+    stage = chain.directory / "sft"
+    driver = start()
+    driver.meet(lambda: (stage / "lease.json").exists(), "the stage was to be taken up")
+    driver.signal(number, whole_group=whole_group)
+    ended, err = driver.ended()
     assert ended == code
     assert "Traceback" not in err
     if code == 75:
         assert err.splitlines()[-1].startswith("stopped: ")
-        assert not (project.stage / "lease.json").exists()
+        assert not (stage / "lease.json").exists()
