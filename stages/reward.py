@@ -1,4 +1,4 @@
-"""Reward model: one number for an answer, learned from which of two answers was preferred.
+"""Reward: a model that gives an answer one number, learned from which of two answers was preferred.
 
   loss = -log sigmoid(r(c) - r(r) - margin)  +  center_rewards_coefficient * (r(c) + r(r))^2
                                               (Bradley and Terry, 1952; Ouyang et al., 2022, eq. 1; Eisenstein et al., 2023, eq. 2)

@@ -29,9 +29,12 @@ def soak(here: Path, num_points: int, *, seed: int, jobs: int, warm: bool) -> li
             print(f"a whole run, {variant}: {each.seconds:.1f} s", file=sys.stderr, flush=True)
         points = [pool.submit(_run, here, number, whole, seed, warm) for number in range(num_points)]
         reports = []
-        for point in as_completed(points):
-            reports.append(point.result())
-            _tell(reports, num_points)
+        try:
+            for point in as_completed(points):
+                reports.append(point.result())
+                _tell(reports, num_points)
+        finally:
+            pool.shutdown(cancel_futures=True)  # on Ctrl-C those that run come to their end
     return sorted(reports, key=lambda report: report.number)
 
 
