@@ -250,9 +250,9 @@ class Chain:
         """The same chain under another root."""
         return Chain(self.file, root, self.overrides)
 
-    def finish(self, log: Path) -> float:
+    def finish(self, log: Path, *, warm: bool = True) -> float:
         """Run it to its end; the seconds that took."""
-        with started(self.command, log) as driver:
+        with started(self.command, log, warm=warm) as driver:
             began = time.monotonic()
             code, err = driver.ended(FINISH_WITHIN_S)
         assert code == 0, err

@@ -63,9 +63,9 @@ class Report:
     seconds: float
 
 
-def run_whole(chain: Chain) -> Whole:
+def run_whole(chain: Chain, *, warm: bool = True) -> Whole:
     """Run the chain to its end."""
-    seconds = chain.finish(chain.root.parent / "log")
+    seconds = chain.finish(chain.root.parent / "log", warm=warm)
     return Whole(chain, chain.outcome(), seconds)
 
 
@@ -93,7 +93,7 @@ def run_point(here: Path, number: int, variant: str, kills: Sequence[Kill], whol
         steps_redone += chain.steps_lost()
     if not problems:
         try:
-            chain.finish(here / f"log-{len(kills)}")
+            chain.finish(here / f"log-{len(kills)}", warm=warm)
             problems += chain.outcome().differences(whole.outcome)
         except AssertionError as error:
             problems.append(str(error))

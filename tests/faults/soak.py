@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from tests.faults.harness import VARIANTS, small_chain, warm_up
@@ -24,7 +25,7 @@ def soak(here: Path, num_points: int, *, seed: int, jobs: int, warm: bool) -> li
     chains = {variant: small_chain(here / variant, overrides) for variant, overrides in VARIANTS.items()}
     with ThreadPoolExecutor(jobs) as pool:
         # Side by side too, so that the time which moments are drawn from is that of runs which are not alone.
-        whole = dict(zip(chains, pool.map(run_whole, chains.values()), strict=True))
+        whole = dict(zip(chains, pool.map(partial(run_whole, warm=warm), chains.values()), strict=True))
         for variant, each in whole.items():
             print(f"a whole run, {variant}: {each.seconds:.1f} s", file=sys.stderr, flush=True)
         points = [pool.submit(_run, here, number, whole, seed, warm) for number in range(num_points)]
