@@ -7,19 +7,15 @@ reference over all pairs, where it is done before. `ratio_default` is ours by `t
 fastest row of any peer. `--tune` adds every setting of the peers that was tried.
 """
 
-from peers import FP32, KEEP_MEMORY, Contender, common_options, micro, run_benchmark
-
-from posttrain.config import DataSource
+from peers import FP32, KEEP_MEMORY, Contender, common_options, micro, pair_sources, run_benchmark
 
 
 def main() -> None:
     """Measure all contenders in turn, print the table, and write the figures."""
     arguments = common_options(__doc__ or "").parse_args()
-    files = ("llamafactory_demo/dpo_en_demo.json", "pandalm_testset/derived_pairs.jsonl")
-    sources = [DataSource.model_validate({"data": str(arguments.data / file), "invalid_rows": "drop"}) for file in files]
     settings = {**FP32, **micro(2), "precompute_ref_log_probs": True}
     tried = [Contender("trl fp32 reference before", "trl", "fp32", settings, KEEP_MEMORY, is_sorted=True)]
-    run_benchmark("dpo", sources, arguments, learning_rate=5e-7, tried=tried)
+    run_benchmark("dpo", pair_sources(arguments.data), arguments, learning_rate=5e-7, tried=tried)
 
 
 if __name__ == "__main__":

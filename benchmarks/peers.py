@@ -35,17 +35,21 @@ RECORDER = Path(__file__).resolve().parent / "recorder"
 SHARED = Path("../shared")
 GLOBAL_BATCH_SIZE = 8
 SEED = 0
-MAX_LENGTH: dict["Task", int] = {"sft": 1024, "dpo": 512}
-"""Longer rows are left out; of DPO so that a peer which keeps all logits fits into memory with its default batch."""
+MAX_LENGTH: dict["Task", int] = {"sft": 1024, "dpo": 512, "reward": 512, "orpo": 512}
+"""Longer rows are left out; of pairs so that a peer which keeps all logits fits into memory with its default batch."""
 QUICK_MAX_LENGTH = 96
 QUICK_S = 280.0
 """Seconds from the start of the program after which no round of `--quick` should end."""
 STARTED = time.monotonic()
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-BELONGINGS = {"sft": ("input_ids", "labels"), "dpo": ("prompt_ids", "chosen_ids", "rejected_ids")}
+BELONGINGS = {"sft": ("input_ids", "labels")} | dict.fromkeys(("dpo", "reward", "orpo"), ("prompt_ids", "chosen_ids", "rejected_ids"))
 """Columns of the samples of each task."""
+COMPARED = {"orpo": "log_odds_ratio"}
+"""What of the log is compared between the sides, where that is not the loss: TRL's ORPO trains the prompt too, and ours does not."""
+PASSES = {"sft": 3, "dpo": 4, "reward": 3, "orpo": 3}
+"""Forward passes that a step costs: a backward pass is two, the reference of DPO one more."""
 
-Task = Literal["sft", "dpo"]
+Task = Literal["sft", "dpo", "reward", "orpo"]
 Who = Literal["ours", "trl", "llamafactory"]
 Precision = Literal["fp32", "bf16"]
 
@@ -77,11 +81,11 @@ class Example:
         """Tokens that the loss is of."""
         return sum(trained for _, trained in self.sequences)
 
-    def forward_flops(self, shape: Shape, *, conventional: bool) -> float:
+    def forward_flops(self, shape: Shape, *, conventional: bool, has_head: bool) -> float:
         """Operations of one pass; a prompt is computed once, or, as convention counts, with each answer."""
         pairs = sum(causal_pairs(length) for length, _ in self.sequences)
         repeated = 0 if conventional or "prompt_ids" not in self.columns else len(self.columns["prompt_ids"])
-        return shape.forward_flops(self.num_tokens - repeated, self.num_trained, pairs - causal_pairs(repeated))
+        return shape.forward_flops(self.num_tokens - repeated, self.num_trained if has_head else 0, pairs - causal_pairs(repeated))
 
 
 @dataclass(frozen=True)
@@ -186,12 +190,15 @@ def workspace() -> Iterator[Path]:
 # --- what all are given ----------------------------------------------------------------------------------------------
 
 
-def make_model(source: Path, directory: Path) -> Path:
-    """The model with its chat contract, in fp32; where `source` has no weights, they are drawn at random."""
+def make_model(source: Path, directory: Path, task: Task = "sft") -> Path:
+    """The model with its chat contract, in fp32; where `source` has no weights, they are drawn at random.
+
+    For `reward` it has a head that gives one number, drawn at random too, so that all sides start from the same.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from posttrain.models import load_policy, load_tokenizer
+    from posttrain.models import LOADERS, load_tokenizer
     from posttrain.stage import Input
 
     if not list(source.glob("*.safetensors")):
@@ -204,9 +211,12 @@ def make_model(source: Path, directory: Path) -> Path:
     given = Input("model", "policy", "", ModelSource(model=str(source)))
     tokenizer: Any
     tokenizer, contract = load_tokenizer(given, "benchmark")
-    policy: Any = load_policy(given.model, tokenizer, contract, "benchmark", dtype=torch.float32)
+    torch.manual_seed(SEED)
+    model: Any = LOADERS["reward_model" if task == "reward" else "policy"](
+        given.model, tokenizer, contract, "benchmark", dtype=torch.float32
+    )
     made = directory / "model"
-    policy.save_pretrained(made)
+    model.save_pretrained(made)
     tokenizer.save_pretrained(made)
     contract.save(made)
     return made
@@ -218,7 +228,7 @@ def read_examples(task: Task, sources: Sequence[DataSource], model: Path, max_le
     from posttrain.data.source import open_source
     from posttrain.models import load_tokenizer
     from posttrain.stage import Input
-    from stages import dpo, sft
+    from stages import dpo, sft  # all stages of pairs make the same samples
 
     tokenizer, contract = load_tokenizer(Input("model", "policy", "", ModelSource(model=str(model))), "benchmark")
     fields: dict[str, Any] = {"max_length": max_length, "on_overflow": "drop"}
@@ -271,6 +281,12 @@ def _as_text(tokenizer: Any, raw: dict[str, Any], columns: dict[str, list[int]])
         tokenizer(text=prompt + text).input_ids == prompt_ids + answer_ids[name] for name, text in texts.items()
     )
     return {"prompt": prompt, **texts} if is_same else None
+
+
+def pair_sources(data: Path) -> list[DataSource]:
+    """The preference pairs that all benchmarks of them read."""
+    files = ("llamafactory_demo/dpo_en_demo.json", "pandalm_testset/derived_pairs.jsonl")
+    return [DataSource.model_validate({"data": str(data / file), "invalid_rows": "drop"}) for file in files]
 
 
 def choose(examples: Sequence[Example], count: int, said: str) -> list[Example]:
@@ -333,7 +349,8 @@ def run_ours(bench: Bench, contender: Contender, directory: Path) -> Result:
     steps = read_lines(stage / "metrics.jsonl")
     step_s = [step["step_time_s"] for step in steps]
     took = {phase: end - start for (phase, start), (_, end) in pairwise(phases)}
-    return Result(contender.name, sum(step_s), step_s, took.get("reference", 0.0), [step["loss"] for step in steps], usage, took)
+    compared = [step[COMPARED.get(bench.task, "loss")] for step in steps]
+    return Result(contender.name, sum(step_s), step_s, took.get("reference", 0.0), compared, usage, took)
 
 
 def file_order(examples: Sequence[Example]) -> list[Example]:
@@ -362,8 +379,10 @@ def _check_prepared(bench: Bench, stage: Path) -> None:
 
 
 def trl_command(task: Task, flags: Mapping[str, Any]) -> list[str]:
-    """`trl sft` or `trl dpo`."""
+    """TRL's command of that name; it has none for ORPO, so `trl_orpo.py` is that."""
     given = [text for name, value in flags.items() if value is not None for text in (f"--{name}", str(value))]
+    if task == "orpo":
+        return [sys.executable, str(Path(__file__).parent / "trl_orpo.py"), *given]
     return [str(Path(sys.executable).parent / "trl"), task, *given]
 
 
@@ -389,7 +408,7 @@ def trl_recipe(num_steps: int, max_length: int, learning_rate: float) -> dict[st
 def run_trl(bench: Bench, contender: Contender, directory: Path) -> Result:
     """Train by TRL's command line."""
     rows = ordered(bench.examples, contender.is_sorted)
-    write_lines(directory / "rows" / "train.jsonl", [row.columns if bench.task == "sft" else row.text for row in rows])
+    write_lines(directory / "rows" / "train.jsonl", [_trl_row(bench.task, row) for row in rows])
     flags = {
         "model_name_or_path": bench.model,
         "dataset_name": directory / "rows",
@@ -399,10 +418,16 @@ def run_trl(bench: Bench, contender: Contender, directory: Path) -> Result:
     }
     # What is None no flag can say, so it stands in a file.
     (directory / "none.yaml").write_text(json.dumps({name: value for name, value in flags.items() if value is None}), encoding="utf-8")
-    result, logged = _run_recorded(trl_command(bench.task, {"config": directory / "none.yaml", **flags}), contender, directory)
-    if logged[-1]["num_tokens"] != bench.total(lambda example: example.num_tokens):
+    result, logged = _run_recorded(bench, trl_command(bench.task, {"config": directory / "none.yaml", **flags}), contender, directory)
+    if bench.task != "orpo" and logged[-1]["num_tokens"] != bench.total(lambda example: example.num_tokens):
         raise SystemExit(f"{contender.name} trained on {logged[-1]['num_tokens']} tokens, not those of our side; nothing can be compared")
     return result
+
+
+def _trl_row(task: Task, row: Example) -> dict[str, Any]:
+    if task == "reward":
+        return {f"{name}_ids": row.columns["prompt_ids"] + row.columns[f"{name}_ids"] for name in ("chosen", "rejected")}
+    return row.columns if task == "sft" else row.text
 
 
 def run_llamafactory(bench: Bench, contender: Contender, directory: Path) -> Result:
@@ -435,7 +460,7 @@ def run_llamafactory(bench: Bench, contender: Contender, directory: Path) -> Res
     }
     (directory / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
     command = [str(programs / "llamafactory-cli"), "train", str(directory / "config.yaml")]
-    return _run_recorded(command, replace(contender, env={**contender.env, "DISABLE_VERSION_CHECK": "1"}), directory)[0]
+    return _run_recorded(bench, command, replace(contender, env={**contender.env, "DISABLE_VERSION_CHECK": "1"}), directory)[0]
 
 
 def _llamafactory_row(columns: dict[str, list[int]]) -> dict[str, Any]:
@@ -451,7 +476,7 @@ def _llamafactory_row(columns: dict[str, list[int]]) -> dict[str, Any]:
     return {**row, **media}
 
 
-def _run_recorded(command: list[str], contender: Contender, directory: Path) -> tuple[Result, list[dict[str, Any]]]:
+def _run_recorded(bench: Bench, command: list[str], contender: Contender, directory: Path) -> tuple[Result, list[dict[str, Any]]]:
     """Run a peer's command line with the recorder in it; what it found, and what the trainer logged for each step."""
     env = peer_environment(directory) | {"BENCHMARK_RECORD": str(directory / "record"), "PYTHONPATH": str(RECORDER)} | contender.env
     usage = run_measured(command, env=env, log=directory / "log")
@@ -459,7 +484,7 @@ def _run_recorded(command: list[str], contender: Contender, directory: Path) -> 
     at = {event: [line["at"] for line in record if line["event"] == event] for event in ("made", "begin", "end")}
     logged = [line for line in record if line["event"] == "log" and "loss" in line]
     reference_s = at["begin"][0] - at["made"][0] if contender.settings.get("precompute_ref_log_probs") else 0.0
-    losses = [line["loss"] for line in logged]
+    losses = [line[COMPARED.get(bench.task, "loss")] for line in logged]
     step_s = [end - begin for begin, end in zip(at["begin"], at["end"], strict=True)]
     return Result(contender.name, at["end"][-1] - at["begin"][0], step_s, reference_s, losses, usage), logged
 
@@ -522,12 +547,11 @@ def run_benchmark(
     task: Task, sources: Sequence[DataSource], arguments: argparse.Namespace, *, learning_rate: float, tried: Sequence[Contender]
 ) -> None:
     """Make the model and the data, run all contenders in turn, print and write the figures."""
-    from stages.dpo import DPOConfig
-    from stages.sft import SFTConfig
+    from posttrain.stage import load_stage
 
     num_steps = arguments.steps or (2 if arguments.quick else 12)
     max_length = QUICK_MAX_LENGTH if arguments.quick else MAX_LENGTH[task]
-    config = (SFTConfig if task == "sft" else DPOConfig).model_validate(our_settings(arguments))
+    config = load_stage(task, "benchmark").config.model_validate(our_settings(arguments))
     contenders = our_contenders("bf16" if config.uses_bf16 else "fp32")
     said: list[str] = []
     if arguments.quick:
@@ -537,14 +561,16 @@ def run_benchmark(
         said.append("all peers, as --only-ours asks")
     else:
         contenders += [*(TRL[:2] if arguments.quick else TRL), *([*TRL_TRIED, *tried] if arguments.tune else [])]
-        if arguments.llamafactory is None and not arguments.quick:
+        if task in ("reward", "orpo"):
+            said.append("LLaMA-Factory, which is measured for SFT and DPO alone")
+        elif arguments.llamafactory is None and not arguments.quick:
             said.append("LLaMA-Factory, as no --llamafactory names an environment")
         elif not arguments.quick:
             contenders += [*LLAMAFACTORY, *(LLAMAFACTORY_TRIED if arguments.tune else [])]
     if arguments.contender is not None:
         contenders = [each for each in contenders if each.name in ("ours", *arguments.contender)]
     with workspace() as directory:
-        model = make_model(arguments.model, directory)
+        model = make_model(arguments.model, directory, task)
         found, left_out = read_examples(task, sources, model, max_length)
         said += [f"{count} rows: {reason}" for reason, count in left_out.items() if count]
         examples = choose(found, num_steps * GLOBAL_BATCH_SIZE, "; ".join(said))
@@ -584,9 +610,9 @@ def _summarize(
     bench: Bench, contenders: Sequence[Contender], results: dict[str, list[Result]], peaks: dict[str, float], left_out: list[str]
 ) -> dict[str, Any]:
     shape = read_shape(bench.model)
-    passes = 3 if bench.task == "sft" else 4  # backward is two; the reference of DPO is one more forward
-    flops = passes * bench.total(lambda example: example.forward_flops(shape, conventional=False))
-    flops_conventional = passes * bench.total(lambda example: example.forward_flops(shape, conventional=True))
+    passes, has_head = PASSES[bench.task], bench.task != "reward"
+    flops = passes * bench.total(lambda example: example.forward_flops(shape, conventional=False, has_head=has_head))
+    flops_conventional = passes * bench.total(lambda example: example.forward_flops(shape, conventional=True, has_head=has_head))
     amount = bench.total(lambda example: example.num_trained) if bench.task == "sft" else len(bench.examples)
     rows: dict[str, dict[str, Any]] = {}
     for contender in contenders:
