@@ -7,7 +7,7 @@ ROOT ?= runs
 export HF_HUB_OFFLINE ?= 1
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: setup quickstart quickstart-short test soak check audit pins clean
+.PHONY: setup quickstart quickstart-short test soak check audit pins browser clean
 
 setup: $(READY)
 
@@ -52,6 +52,11 @@ audit: $(READY)
 pins: $(READY)
 	echo '# Exact versions of all that the project is built and tested with, made by `make pins`.' > requirements.txt
 	$(BIN)/uv pip compile --quiet --upgrade --group dev pyproject.toml --no-header --no-annotate --no-emit-index-url --no-emit-find-links >> requirements.txt
+
+# A Chromium, in which pages are tested as a person would use them; without one these tests are skipped. Debian and its kin, as root.
+browser:
+	apt-get update --quiet
+	apt-get install --yes --quiet --no-install-recommends chromium
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

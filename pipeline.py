@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,26 +23,31 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from posttrain import artifact, disk, footprint, ledger
+from posttrain import artifact, disk, footprint, ledger, planner
 from posttrain.checkpoint import last_complete
 from posttrain.config import (
     DataSource,
     LauncherConfig,
     ModelSource,
     PipelineConfig,
+    SlurmLauncher,
     fields_help,
     identity,
     nearest,
+    read_launcher,
     read_pipeline,
     validate,
 )
 from posttrain.error import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, StageFailed, UserError, heed_signals
+from posttrain.recipe import TrainingConfig
 from posttrain.stage import ArtifactKind, Input, Stage, StageConfig, load_stage
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from posttrain.launch import Launch
+    from posttrain.launch.jobs import Fate, Job
+    from posttrain.launch.slurm import Script
 
 Action = Literal["run", "resume", "skip", "reuse", "rebuild", "drift", "damaged", "running"]
 WORK: tuple[Action, ...] = ("run", "resume", "rebuild")
@@ -72,6 +77,8 @@ class Node:
     stage: Stage[Any]
     config: StageConfig
     inputs: Mapping[str, tuple["Node | Pinned", ...]]
+    launcher: LauncherConfig
+    """That of the pipeline, with what the stage wants otherwise."""
     num_processes: int
     identity: Mapping[str, Any]
     """Kind of the stage, and what of its config changes the bytes of its output."""
@@ -111,23 +118,21 @@ def plan(config: PipelineConfig, root: Path) -> list[Node]:
         known[name] = Pinned(name, source, artifact.fingerprint_source(source, f"sources.{name}", hashes))
     hashes.save()
     nodes = []
-    num_processes = config.launcher.num_processes or num_devices()
     for name, raw in config.stages.items():
-        known[name] = node = _wire(name, dict(raw), config, known, root, num_processes)
+        known[name] = node = _wire(name, dict(raw), config, known, root)
         nodes.append(node)
     return nodes
 
 
-def _wire(
-    name: str, raw: dict[str, Any], config: PipelineConfig, known: Mapping[str, Node | Pinned], root: Path, num_processes: int
-) -> Node:
+def _wire(name: str, raw: dict[str, Any], config: PipelineConfig, known: Mapping[str, Node | Pinned], root: Path) -> Node:
     at = f"stages.{name}"
     stage = load_stage(raw.get("kind", name), f"{at}.kind" if "kind" in raw else at)
     raw.pop("kind", None)
     wires = raw.pop("inputs", {})
     settings = validate(stage.config, raw, at)
     inputs = _read_wires(f"{at}.inputs", wires, stage, config, known)
-    num_processes = settings.num_processes or num_processes
+    launcher = _launcher_of(settings, config.launcher, at)
+    num_processes = _num_processes(settings, launcher, at)
     settings.check(num_processes, at)
     identical = {"kind": stage.kind, **identity(settings, at)}
     recipe = {
@@ -137,7 +142,21 @@ def _wire(
     }
     fingerprint = disk.hash_json(recipe)
     directory = root / config.run / name
-    return Node(name, stage, settings, inputs, num_processes, identical, fingerprint, config.run, root, directory)
+    return Node(name, stage, settings, inputs, launcher, num_processes, identical, fingerprint, config.run, root, directory)
+
+
+def _launcher_of(settings: StageConfig, launcher: LauncherConfig, at: str) -> LauncherConfig:
+    if (kind := settings.launcher.get("kind", launcher.kind)) != launcher.kind:
+        raise UserError(f"{at}.launcher.kind: is {kind!r}, and the pipeline's is {launcher.kind!r}; a stage changes other fields only")
+    fields = launcher.model_dump(exclude_unset=True)
+    return read_launcher(f"{at}.launcher", {**fields, **settings.launcher, "kind": launcher.kind})
+
+
+def _num_processes(settings: StageConfig, launcher: LauncherConfig, at: str) -> int:
+    if isinstance(launcher, SlurmLauncher) and settings.num_processes not in (None, launcher.num_processes):
+        ranks = f"{launcher.num_nodes} nodes with {launcher.tasks_per_node} each"
+        raise UserError(f"{at}.num_processes: {settings.num_processes}, and its launcher says {ranks}; set {at}.launcher instead")
+    return settings.num_processes or launcher.num_processes or num_devices()
 
 
 def _read_wires(
@@ -336,13 +355,7 @@ def execute(
     """Do what `decide` says for each selected node, in order, until `deadline` is near. The only function with side effects."""
     from posttrain.launch import open_launcher
 
-    decisions = {node.name: decision for node, decision in decide_all(nodes, rebuild)}
-    for node in nodes:
-        if node in selected:
-            _refuse(node, decisions[node.name])
-        elif decisions[node.name].action != "skip" and any(node in later.reads for later in selected):
-            action, why = decisions[node.name].action, decisions[node.name].why
-            raise UserError(f"stages.{node.name}: a chosen stage reads it, and it is not ready ({action}: {why}); choose it too")
+    decisions = _decide_chosen(nodes, selected, rebuild)
     with ExitStack() as stack:
         launch = None
         if any(decisions[node.name].action in WORK for node in selected):
@@ -362,6 +375,115 @@ def execute(
                 _reuse(node, decision.found)
             done = artifact.read_artifact(node.directory)
             builds[node.name] = done.id if done else None
+
+
+def _decide_chosen(
+    nodes: Sequence[Node], selected: Sequence[Node], rebuild: Sequence[str], coming: Collection[str] = ()
+) -> dict[str, Decision]:
+    """All decisions, by stage. Raises `UserError` where a chosen one cannot be built, or what it reads is neither there nor coming."""
+    decisions = {node.name: decision for node, decision in decide_all(nodes, rebuild)}
+    for node in nodes:
+        if node in selected:
+            _refuse(node, decisions[node.name])
+        elif decisions[node.name].action != "skip" and node.name not in coming and any(node in later.reads for later in selected):
+            action, why = decisions[node.name].action, decisions[node.name].why
+            raise UserError(f"stages.{node.name}: a chosen stage reads it, and it is not ready ({action}: {why}); choose it too")
+    return decisions
+
+
+def submit(
+    nodes: Sequence[Node],
+    selected: Sequence[Node],
+    rebuild: Sequence[str],
+    pipeline: PipelineConfig,
+    console: "Console",
+    is_dry: bool = False,
+) -> list["Job"]:
+    """Give Slurm a job for each selected node that is not finished, after the jobs of those that it reads; or, dry, print the scripts.
+
+    Every job decides again when it starts. All are taken back where one is refused.
+    """
+    from posttrain.launch import jobs
+
+    run = (nodes[0].root / nodes[0].run).absolute()
+    submitted: list[Job] = []
+    with ExitStack() as stack:
+        if not is_dry:
+            stack.enter_context(jobs.held(run))
+        going = jobs.active(run)
+        if busy := [f"{node.name} has job {going[node.name].number}" for node in selected if node.name in going]:
+            raise UserError(f"{run}: {', '.join(busy)}, which waits or runs; `status` tells how it is, `cancel` ends it")
+        decisions = _decide_chosen(nodes, selected, rebuild, going)
+        builds: dict[str, str | None] = {name: decision.build for name, decision in decisions.items()}
+        numbers = {name: job.number for name, job in going.items()}
+        plain = pipeline.model_dump(mode="json", exclude_unset=True)
+        try:
+            for node in selected:
+                builds.update({entry.name: entry.fingerprint for entry in node.reads if isinstance(entry, Pinned)})
+                decision = decide(node, builds, rebuild)
+                decision = decision if is_dry else _distrust(node, decision, builds, console)
+                _refuse(node, decision)
+                console.print(f"{node.name}  {decision.action}: {decision.why}", highlight=False, soft_wrap=True)
+                if decision.action in WORK:
+                    after = {entry.name: numbers[entry.name] for entry in node.reads if entry.name in numbers}
+                    script = _script(node, run, list(after.values()), is_rebuild=node.name in rebuild)
+                    if is_dry:
+                        click.echo(script.text())
+                        numbers[node.name] = f"JOB-OF-{node.name}"
+                    else:
+                        submitted.append(jobs.submit(run, script, after, plain))
+                        numbers[node.name] = submitted[-1].number
+                        waits = f", after {', '.join(f'{number} ({name})' for name, number in after.items())}" if after else ""
+                        console.print(f"  job {numbers[node.name]}{waits}", highlight=False, soft_wrap=True)
+                    builds[node.name] = None
+                elif decision.found and not is_dry:
+                    _reuse(node, decision.found)
+                    done = artifact.read_artifact(node.directory)
+                    builds[node.name] = done.id if done else None
+                else:
+                    builds[node.name] = decision.build
+        except BaseException:
+            jobs.cancel(run, submitted)
+            raise
+    return submitted
+
+
+def _script(node: Node, run: Path, after: Sequence[str], *, is_rebuild: bool) -> "Script":
+    from posttrain.launch import jobs
+    from posttrain.launch.slurm import Script
+
+    assert isinstance(node.launcher, SlurmLauncher), "the commands see to that"
+    driver = [sys.executable, str(Path(__file__).resolve()), "step", str(jobs.snapshot(run, node.name))]
+    driver += ["--stage", node.name, "--root", str(node.root.absolute())]
+    if is_rebuild:
+        attempt = ledger.read_attempt(node.directory)
+        driver += ["--replaces", attempt.token if attempt else ""]
+    return Script(
+        run=node.run,
+        stage=node.name,
+        launcher=node.launcher,
+        log=run / node.name / "logs" / "job_%j.log",
+        directory=Path.cwd(),
+        command=driver,
+        after=after,
+    )
+
+
+def _execute_by_jobs(
+    nodes: Sequence[Node], selected: Sequence[Node], rebuild: Sequence[str], pipeline: PipelineConfig, console: "Console"
+) -> None:
+    """`execute`, with one job after another, each followed to its end; one that waits or runs already is followed too."""
+    from posttrain.launch import jobs
+
+    run = (nodes[0].root / nodes[0].run).absolute()
+    going = jobs.active(run)
+    _decide_chosen(nodes, [node for node in selected if node.name not in going], rebuild, going)
+    for node in selected:
+        job = jobs.active(run).get(node.name)
+        if job is not None:
+            console.print(f"{node.name}  running: job {job.number}, submitted {job.submitted}", highlight=False, soft_wrap=True)
+        for each in [job] if job else submit(nodes, [node], [name for name in rebuild if name == node.name], pipeline, console):
+            jobs.follow(run, each, console)
 
 
 def _refuse(node: Node, decision: Decision) -> None:
@@ -520,6 +642,9 @@ _rebuild = click.option("--rebuild", metavar="STAGE", multiple=True, help="Build
 @_from
 @_until
 @_rebuild
+@click.option(
+    "--memory", is_flag=True, help="Also what each stage that trains needs on each GPU, how long it takes, and what it would fit on."
+)
 @_root
 @_json
 def plan_command(
@@ -529,6 +654,7 @@ def plan_command(
     start: str | None,
     until: str | None,
     rebuild: tuple[str, ...],
+    memory: bool,
     root: Path,
     as_json: bool,
 ) -> None:
@@ -537,25 +663,37 @@ def plan_command(
     selected = select(nodes, only, start, until, rebuild)
     chosen = {node.name for node in selected}
     rows = [(node, decision) for node, decision in decide_all(nodes, rebuild) if node.name in chosen]
-    footprints = foretell(nodes)
+    held: dict[str, footprint.Content] = {}
+    footprints = foretell(nodes, held)
+    estimates = estimate(nodes, held)
     warning = _disk_warning(root, [(footprints[node.name], node.name) for node, decision in rows if decision.action in WORK])
     if as_json:
-        plain = [{**_plan_row(node, decision), "disk_bytes": footprints[node.name].as_json()} for node, decision in rows]
+        plain = [
+            {
+                **_plan_row(node, decision),
+                "trains": _trained(node),
+                "disk_bytes": footprints[node.name].as_json(),
+                "needs": found.as_json() if (found := estimates.get(node.name)) else None,
+            }
+            for node, decision in rows
+        ]
         click.echo(json.dumps(plain, indent=1))
     else:
         sizes = {name: _show_footprint(found) for name, found in footprints.items()}
-        lines = [
-            (node.name, node.stage.kind, " ".join(e.name for e in node.reads), sizes[node.name], made.action, made.why)
-            for node, made in rows
-        ]
-        _print_table(("stage", "kind", "reads", "disk", "action", "why"), lines)
+        lines = []
+        for node, made in rows:
+            reads = " ".join(entry.name for entry in node.reads)
+            needs = _show_needs(node, estimates)
+            lines.append((node.name, node.stage.kind, reads, _trained(node), sizes[node.name], *needs, made.action, made.why))
+        _print_table(("stage", "kind", "reads", "trains", "disk", "memory", "time", "action", "why"), lines)
+        if memory:
+            _print_needs([(node.name, found) for node, _ in rows if (found := estimates.get(node.name))])
     if warning:
         click.echo(f"warning: {_one_line(warning)}", err=True)
 
 
-def foretell(nodes: Sequence[Node]) -> dict[str, footprint.Footprint]:
-    """What each stage will take on disk, by its name."""
-    held: dict[str, footprint.Content] = {}
+def foretell(nodes: Sequence[Node], held: dict[str, footprint.Content]) -> dict[str, footprint.Footprint]:
+    """What each stage will take on disk, by its name; puts what each source and output holds into `held`."""
     found = {}
     for node in nodes:
         held.update({entry.name: footprint.read_content(entry.source) for entry in node.reads if isinstance(entry, Pinned)})
@@ -564,6 +702,110 @@ def foretell(nodes: Sequence[Node]) -> dict[str, footprint.Footprint]:
             node.config, node.stage.output, inputs, prepares=node.stage.encoder is not None
         )
     return found
+
+
+def estimate(nodes: Sequence[Node], held: Mapping[str, footprint.Content]) -> dict[str, planner.Estimate | None]:
+    """What each stage that trains needs of memory and time, by its name; None where its model is not here yet."""
+    shapes: dict[str, planner.Shape | None] = {}
+    found: dict[str, planner.Estimate | None] = {}
+    for node in nodes:
+        for entry in node.reads:
+            if isinstance(entry, Pinned) and isinstance(entry.source, ModelSource) and entry.name not in shapes:
+                shapes[entry.name] = planner.read_shape(entry.source)
+        start = next((entries[0].name for role, entries in node.inputs.items() if role in ("policy", "policies")), "")
+        shapes[node.name] = shapes.get(start)
+        if isinstance(node.config, TrainingConfig):
+            judges = [shapes.get(entry.name) for entry in node.inputs.get("reward", ())]
+            found[node.name] = _estimate(node, node.config, shapes.get(start), judges, held)
+    return found
+
+
+def _estimate(
+    node: Node,
+    config: TrainingConfig,
+    shape: planner.Shape | None,
+    judges: Sequence[planner.Shape | None],
+    held: Mapping[str, footprint.Content],
+) -> planner.Estimate | None:
+    from posttrain.hardware import detect, find
+    from posttrain.parallel import num_cores
+
+    launcher = node.launcher
+    is_slurm = isinstance(launcher, SlurmLauncher)
+    # Nothing is known here of the nodes of a cluster.
+    name = launcher.hardware or (None if is_slurm else detect())
+    hardware = None if name is None else find(name, num_cores())
+    model, rows = held.get(node.inputs["policy"][0].name), held.get(node.inputs["data"][0].name)
+    num_trained = None
+    if config.lora is not None:
+        num_trained = footprint.adapter_parameters(model, config.lora) if isinstance(model, footprint.Weights) else None
+    if shape is None or None in judges or (config.lora is not None and num_trained is None):
+        return None
+    job = planner.job_of(
+        node.stage.kind,
+        config,
+        shape,
+        world_size=node.num_processes,
+        per_node=launcher.tasks_per_node if isinstance(launcher, SlurmLauncher) else node.num_processes,
+        is_gpu=hardware is None or hardware.is_gpu,
+        num_trained=num_trained,
+        rows=rows if isinstance(rows, footprint.Rows) else None,
+        judges=[judge for judge in judges if judge is not None],
+    )
+    return planner.estimate(shape, job, hardware, launcher.price_per_hour, may_add_nodes=is_slurm)
+
+
+def _refuse_unfit(nodes: Sequence[Node], selected: Sequence[Node], rebuild: Sequence[str]) -> None:
+    """Raise `UserError` where a stage that is to be built cannot fit on the hardware that the user named."""
+    named = {node.name for node in selected if node.launcher.hardware is not None}
+    if not named:
+        return
+    held: dict[str, footprint.Content] = {}
+    foretell(nodes, held)
+    estimates = estimate(nodes, held)
+    for node, decision in decide_all(nodes, rebuild):
+        found = estimates.get(node.name)
+        if node.name in named and decision.action in WORK and found is not None and found.fits is False:
+            raise UserError(f"stages.{node.name}: {planner.explain_misfit(found)}")
+
+
+def _show_needs(node: Node, estimates: Mapping[str, planner.Estimate | None]) -> tuple[str, str]:
+    """Memory of each process, and time, of a stage that trains."""
+    if node.name not in estimates:
+        return "", ""
+    found = estimates[node.name]
+    if found is None:
+        return "?", "?"
+    each = disk.show_bytes(found.memory.total)
+    memory = each if found.world_size == 1 else f"{found.world_size} x {each}"
+    total_s = found.time.total_s if found.time is not None else None
+    return f"{memory}, too much" if found.fits is False else memory, _show_time(total_s)
+
+
+def _show_time(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    for size, unit, least in ((86400, "d", 2), (3600, "h", 1.5), (60, "min", 1.5)):
+        if seconds >= size * least:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _print_needs(rows: Sequence[tuple[str, planner.Estimate]]) -> None:
+    lines = []
+    for name, found in rows:
+        parts = [f"{part} {disk.show_bytes(size)}" for part, size in found.memory.parts().items() if size]
+        usable = "?" if found.capacity_bytes is None else disk.show_bytes(found.capacity_bytes)
+        where = f"{found.world_size} x {found.hardware or 'a GPU that is not named (launcher.hardware)'}"
+        total = disk.show_bytes(found.memory.total)
+        time = found.time
+        speed = "?" if time is None else f"{time.tokens_per_s:,.0f}"
+        hours = "?" if time is None or time.gpu_hours is None else f"{time.gpu_hours:,.1f}"
+        price = "?" if time is None or time.price is None else f"{time.price:,.2f}"
+        least = found.recommendation.text if found.recommendation is not None else "?"
+        lines.append((name, where, found.memory.phase, total, usable, " + ".join(parts), speed, hours, price, least))
+    columns = ("stage", "on", "peaks in", "memory", "usable", "which is", "tokens/s", "GPU-hours", "price", "fits with as little as")
+    _print_table(columns, lines)
 
 
 def _show_footprint(found: footprint.Footprint) -> str:
@@ -608,9 +850,87 @@ def run_command(
     pipeline = read_pipeline(config, overrides)
     nodes = plan(pipeline, root)
     selected = select(nodes, only, start, until, rebuild)
+    _refuse_unfit(nodes, selected, rebuild)
     console = _console()
-    execute(nodes, selected, rebuild, pipeline.launcher, console, deadline)
+    if isinstance(pipeline.launcher, SlurmLauncher):
+        if time_limit is not None:
+            raise UserError(f"--time-limit {time_limit}: is for processes on this machine; set launcher.time")
+        _execute_by_jobs(nodes, selected, rebuild, pipeline, console)
+    else:
+        execute(nodes, selected, rebuild, pipeline.launcher, console, deadline)
     _show_results(console, selected, config, overrides)
+
+
+@cli.command("submit")
+@_config
+@_overrides
+@_only
+@_from
+@_until
+@_rebuild
+@click.option("--dry-run", is_flag=True, help="Only print the scripts.")
+@_root
+def submit_command(
+    config: Path,
+    overrides: tuple[str, ...],
+    only: str | None,
+    start: str | None,
+    until: str | None,
+    rebuild: tuple[str, ...],
+    dry_run: bool,
+    root: Path,
+) -> None:
+    """Give Slurm a job for each stage that is not finished; nothing stays alive here."""
+    pipeline = read_pipeline(config, overrides)
+    if not isinstance(pipeline.launcher, SlurmLauncher):
+        raise UserError(f"launcher.kind: {pipeline.launcher.kind} starts no jobs; set `launcher: {{kind: slurm}}`, or use `run`")
+    nodes = plan(pipeline, root)
+    selected = select(nodes, only, start, until, rebuild)
+    _refuse_unfit(nodes, selected, rebuild)
+    submitted = submit(nodes, selected, rebuild, pipeline, _console(), dry_run)
+    if submitted:
+        click.echo(f"submitted {', '.join(job.number for job in submitted)}; `status` tells how it goes on")
+
+
+@cli.command("step", hidden=True)
+@_config
+@click.option("--stage", required=True, metavar="STAGE", help="Which one.")
+@click.option("--replaces", metavar="ATTEMPT", help="Build it again, where this is still the last attempt at it.")
+@_root
+def step_command(config: Path, stage: str, replaces: str | None, root: Path) -> None:
+    """One stage, within the job that `submit` made of it."""
+    from posttrain.launch import jobs
+
+    pipeline, console = read_pipeline(config), _console()
+    with jobs.reported(root / pipeline.run, stage):
+        nodes = plan(pipeline, root)
+        selected = select(nodes, stage, None, None, ())
+        (node,) = selected
+        jobs.wait_for_lease(node.directory, console)
+        attempt = ledger.read_attempt(node.directory)
+        rebuild = [stage] if replaces == (attempt.token if attempt else "") else []
+        execute(nodes, selected, rebuild, node.launcher, console)
+
+
+@cli.command("cancel")
+@click.argument("run", metavar="CONFIG_OR_RUN")
+@click.option("--only", metavar="STAGE", help="Only the job of this stage, and so those that wait for it.")
+@_root
+def cancel_command(run: str, only: str | None, root: Path) -> None:
+    """Take the jobs of a run from Slurm's queue; those that run save first."""
+    from posttrain.launch import jobs
+
+    directory = (root / (read_pipeline(Path(run)).run if Path(run).is_file() else run)).absolute()
+    if not (directory / ledger.JOBS).is_dir():
+        raise UserError(f"{run}: no job was submitted for {directory}; `status` lists what there is")
+    with jobs.held(directory):
+        going = jobs.active(directory)
+        if only is not None and only not in going:
+            raise UserError(f"--only {only}: no job of it waits or runs; {nearest(only, list(going)) if going else 'none does'}")
+        for line in jobs.cancel(directory, [job for name, job in going.items() if only in (None, name)]):
+            click.echo(line)
+    if not going:
+        click.echo(f"no job of {directory} waits or runs")
 
 
 def _seconds(text: str) -> float:
@@ -628,19 +948,22 @@ def _seconds(text: str) -> float:
 def status_command(config: Path | None, overrides: tuple[str, ...], root: Path, as_json: bool) -> None:
     """Stages, progress and metrics; without CONFIG, of every run under the root."""
     if config is None:
-        rows = [_recorded_row(path.parent) for path in sorted(root.glob("*/*/stage.json"))]
+        rows = {path: _recorded_row(path) for path in _recorded_stages(root)}
     else:
         nodes = plan(read_pipeline(config, overrides), root)
-        rows = [{**_plan_row(node, decision), **_state(node.directory)} for node, decision in decide_all(nodes)]
+        rows = {node.directory: {**_plan_row(node, decision), **_state(node.directory)} for node, decision in decide_all(nodes)}
+    fates = functools.cache(_fates)  # asked once for each run
+    jobs = {path: fate for path in rows if (fate := fates(path.parent).get(path.name))}
     if as_json:
-        click.echo(json.dumps(rows, indent=1))
+        click.echo(json.dumps([{**row, **({"job": asdict(jobs[path])} if path in jobs else {})} for path, row in rows.items()], indent=1))
         return
     lines = []
-    for row in rows:
+    for path, row in rows.items():
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in list(row["metrics"].items())[:4])
         label = f"{row['run']}/{row['stage']}" if "run" in row else row["stage"]
-        lines.append((label, row["kind"], row["action"], _progress_text(row["progress"]), metrics, row["output"] or ""))
-    _print_table(("stage", "kind", "action", "progress", "metrics", "output"), lines)
+        job = [str(jobs.get(path, ""))] if jobs else []
+        lines.append((label, row["kind"], row["action"], *job, _progress_text(row["progress"]), metrics, row["output"] or ""))
+    _print_table(("stage", "kind", "action", *(["job"] if jobs else []), "progress", "metrics", "output"), lines)
 
 
 @cli.command("stages")
@@ -763,6 +1086,86 @@ def inspect_command(
             console.print(line, highlight=False, soft_wrap=True)
         for row in inspected:
             inspection.show(row, console)
+
+
+@cli.command("report")
+@click.argument("run", metavar="CONFIG_OR_RUN")
+@_overrides
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write it to this file; by default report.html of the run.")
+@click.option("--watch", is_flag=True, help="Serve the page to browsers of this machine instead, as it is while the run goes on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port for --watch; by default a free one.")
+@_root
+@_json
+def report_command(run: str, overrides: tuple[str, ...], html: Path | None, watch: bool, port: int, root: Path, as_json: bool) -> None:
+    """One page of all that a run left on disk, to look at, print or send."""
+    if watch and (html is not None or as_json):
+        raise UserError(f"--watch: serves the page, so leave out {'--json' if as_json else '--html'}")
+    if port and not watch:
+        raise UserError(f"--port {port}: is for --watch only; leave it out")
+    directory, list_rows = _open_run(run, overrides, root)
+    from posttrain.report import page, read
+
+    if watch:
+        _watch(lambda: page.run_page(read.read_run(directory, list_rows()), watch=True), port)
+        return
+    found = read.read_run(directory, list_rows())
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=1))
+    if html is not None or not as_json:
+        path = html or directory / "report.html"
+        page.write_page(path, page.run_page(found))
+        click.echo(f"wrote {path}", err=as_json)
+
+
+def _watch(render: Callable[[], str], port: int) -> None:
+    from posttrain.report.serve import PageServer
+
+    try:
+        server = PageServer(port, render)
+    except OSError as error:
+        raise UserError(f"--port {port}: cannot be listened on ({error.strerror}); leave it out for a free one") from None
+    with server:
+        server.page()  # what is wrong with the run is said here, and not to a browser
+        click.echo(f"the page is at {server.url} for as long as this command runs")
+        server.serve_forever()
+
+
+def _open_run(run: str, overrides: Sequence[str], root: Path) -> tuple[Path, Callable[[], Sequence[Mapping[str, Any]]]]:
+    """The directory of a run, given as to `_find_run`, and what tells of its stages in order what is to be done about each."""
+    from posttrain import inventory
+    from posttrain.report.read import in_order
+
+    if Path(run).is_file():
+        nodes = plan(read_pipeline(Path(run), overrides), root)
+        return nodes[0].directory.parent, lambda: [_plan_row(node, decision) for node, decision in decide_all(nodes)]
+    if overrides:
+        raise UserError(f"{overrides[0]}: changes a pipeline file, and {run} is none; leave it out")
+    directory = _find_run(run, root)
+    return directory, lambda: in_order([_recorded_row(stage) for stage in inventory.list_stages(directory)])
+
+
+@cli.command("compare")
+@click.argument("runs", nargs=-1, required=True, metavar="CONFIG_OR_RUN...")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write them, with their curves, as one page to this file.")
+@_root
+@_json
+def compare_command(runs: tuple[str, ...], html: Path | None, root: Path, as_json: bool) -> None:
+    """Runs beside each other, each held against the first: what differs in their settings, what they measured, what they cost."""
+    if len(runs) < 2:
+        raise UserError(f"{runs[0]}: there is nothing to compare it with; name two runs or more")
+    opened = [_open_run(run, (), root) for run in runs]
+    from posttrain.report import compare, page, read
+
+    comparison = compare.compare_runs([read.read_run(directory, list_rows()) for directory, list_rows in opened])
+    if as_json:
+        click.echo(json.dumps(comparison.as_json(), indent=1))
+    else:
+        for title, columns, rows in comparison.tables():
+            click.echo(f"\n{title}")
+            _print_table(columns, rows)
+    if html is not None:
+        page.write_page(html, page.comparison_page(comparison))
+        click.echo(f"wrote {html}", err=as_json)
 
 
 @cli.command("verify")
@@ -907,6 +1310,8 @@ def _rehearse(config: Path, overrides: Sequence[str], stage: str | None, steps: 
     from posttrain.rehearsal import Rehearsal
 
     pipeline = read_pipeline(config, overrides)
+    if isinstance(pipeline.launcher, SlurmLauncher):
+        raise UserError(f"launcher.kind: {pipeline.launcher.kind}, and a rehearsal is for this machine; give `launcher={{kind: local}}`")
     training = [node.name for node in plan(pipeline, root) if isinstance(node.config, TrainingConfig)]
     if not training:
         raise UserError(f"{config}: no stage of it trains, so there is nothing to kill")
@@ -936,7 +1341,8 @@ def _rehearse(config: Path, overrides: Sequence[str], stage: str | None, steps: 
 def _tokenizing_policy(node: Node) -> tuple[Node | Pinned, Any]:
     """The nearest policy above a stage that is there to be read, and the config that a chat contract would be established by."""
     first, entry = node.config, node.inputs["policy"][0]
-    while isinstance(entry, Node) and not artifact.read_artifact(entry.directory):
+    # What is made of several policies is known once it is there.
+    while isinstance(entry, Node) and "policy" in entry.inputs and not artifact.read_artifact(entry.directory):
         first, entry = entry.config, entry.inputs["policy"][0]
     return entry, first
 
@@ -949,6 +1355,15 @@ def _check_files(entry: Node | Pinned) -> None:
         hashes.save()
 
 
+def _trained(node: Node) -> str:
+    """Which weights a stage trains, and which it keeps frozen as its reference; nothing for one that trains none."""
+    if not isinstance(node.config, TrainingConfig):
+        return ""
+    (start,), lora = node.inputs["policy"], node.config.lora
+    what = f"all of {start.name}" if lora is None else f"adapters on {start.name}{' in 4 bits' if lora.load_in_4bit else ''}"
+    return what if node.stage.reference is None else f"{what}; reference: {node.inputs[node.stage.reference][0].name}, frozen"
+
+
 def _plan_row(node: Node, decision: Decision) -> dict[str, Any]:
     return {
         "stage": node.name,
@@ -958,6 +1373,21 @@ def _plan_row(node: Node, decision: Decision) -> dict[str, Any]:
         "fingerprint": node.fingerprint,
         "inputs": {role: [entry.name for entry in entries] for role, entries in node.inputs.items()},
     }
+
+
+def _recorded_stages(root: Path) -> list[Path]:
+    """The directories of all stages that were begun, or given to Slurm."""
+    begun = {path.parent for path in root.glob("*/*/stage.json")}
+    return sorted(begun | {path.parents[2] / path.parent.name for path in root.glob(f"*/{ledger.JOBS}/*/job.json")})
+
+
+def _fates(run: Path) -> Mapping[str, "Fate"]:
+    """What became of the jobs of a run, by stage; nothing where it never had one."""
+    if not (run / ledger.JOBS).is_dir():
+        return {}
+    from posttrain.launch import jobs
+
+    return jobs.fates(run)
 
 
 def _recorded_row(directory: Path) -> dict[str, Any]:

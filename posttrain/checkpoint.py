@@ -110,6 +110,8 @@ def mark_complete(
     files = {}
     for file in disk.list_files(path):
         name = str(file.relative_to(path))
+        if name == MARKER:
+            continue  # of an attempt before, and replaced now
         if name not in known:
             disk.sync_file(file)
         files[name] = known.get(name) or {"bytes": file.stat().st_size, "sha256": disk.hash_file(file)}

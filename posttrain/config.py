@@ -16,13 +16,14 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from posttrain import disk
 from posttrain.error import UserError
+from posttrain.hardware import NAMES
 from posttrain.secret import find_secrets
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -73,7 +74,7 @@ class DataSource(Config):
 
     data: str | list[str]
     """Path of a JSON, JSONL, CSV or Parquet file, or a Hub id as `some-org/some-set@<40 hex>`; or a list of these."""
-    format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "preference", "prompt"] | None = None
+    format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "preference", "unpaired", "prompt"] | None = None
     """How a row is laid out; by default read off the columns, where they leave no doubt."""
     columns: dict[str, str] = {}
     """Our field name to the name of the column that holds it, e.g. `{prompt: question, completion: answer}`."""
@@ -125,8 +126,26 @@ class DataSource(Config):
         return self
 
 
-class LauncherConfig(Config):
-    """How a stage becomes processes on machines."""
+class Machines(Config):
+    """What the machines of a launcher are, for `plan`, and for `run` to refuse what cannot fit on them."""
+
+    bears_identity: ClassVar[bool] = False
+
+    hardware: str | None = None
+    """Name of the GPU that each process has, such as `h100-80gb`, or `cpu`; by default what is found on this machine."""
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """Price of one GPU for an hour, in whatever currency, for what `plan` says of costs."""
+
+    @field_validator("hardware")
+    @classmethod
+    def _is_known(cls, hardware: str | None) -> str | None:
+        if hardware is not None and hardware not in NAMES:
+            raise ValueError(f"{hardware!r} is not known here; {nearest(hardware.lower(), NAMES)}")
+        return hardware
+
+
+class LocalLauncher(Machines):
+    """Processes on this machine, forked from one warm parent."""
 
     bears_identity: ClassVar[bool] = False
 
@@ -134,6 +153,117 @@ class LauncherConfig(Config):
     """`local`: processes on this machine, forked from one warm parent."""
     num_processes: int | None = Field(default=None, ge=1)
     """Processes of a stage; by default one for each GPU, or one on a CPU."""
+
+
+class SlurmLauncher(Machines):
+    """A job of a Slurm cluster for each stage, whose files all nodes share."""
+
+    bears_identity: ClassVar[bool] = False
+
+    kind: Literal["slurm"] = "slurm"
+    """`slurm`: a job for each stage."""
+    partition: str | None = None
+    """Partition, as `sinfo` names it; by default the cluster's own."""
+    account: str | None = None
+    """Account that the job is charged to."""
+    qos: str | None = None
+    """Quality of service."""
+    num_nodes: int = Field(1, ge=1)
+    """Nodes of a job."""
+    gpus_per_node: int = Field(0, ge=0)
+    """GPUs of each node; none are asked for by default."""
+    processes_per_node: int | None = Field(None, ge=1)
+    """Ranks on each node; by default one for each GPU, or one where there is none."""
+    cpus_per_process: int | None = Field(None, ge=1)
+    """Cores of each rank, and so its threads; by default what Slurm gives a task, which often is a single one."""
+    time: int | str | None = None
+    """Time limit of a job, as `sbatch` reads it: minutes, `4:00:00` or `2-00:00:00`; by default the partition's."""
+    save_before_s: int = Field(300, ge=1, le=65535)
+    """Seconds before the time limit at which ranks save and the job requeues itself; Slurm may say so a minute early."""
+    setup: list[str] = []
+    """Lines of shell that the job's script begins with, such as `module load cuda`."""
+    sbatch: list[str] = []
+    """Further options of `sbatch`, such as `--constraint=a100`, each a line of the script."""
+    ranks: Literal["srun", "torchrun"] = "srun"
+    """What starts ranks: `srun` each of them, or one `torchrun` a node."""
+    python: str | None = None
+    """Interpreter of the ranks; by default the one that submits, and `python` in a container."""
+    container: str | None = None
+    """Image that the ranks run in, which holds this project and its libraries; the driver runs outside of it."""
+    container_runtime: Literal["apptainer", "pyxis"] = "apptainer"
+    """What runs the image: the command `apptainer`, or options that the plugin pyxis adds to `srun`."""
+    container_mounts: list[str] = []
+    """Directories that the image is to see under the same path, beside the working directory and the root of all runs."""
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Ranks on each node."""
+        return self.processes_per_node or self.gpus_per_node or 1
+
+    @property
+    def num_processes(self) -> int:
+        """Ranks of a job."""
+        return self.num_nodes * self.tasks_per_node
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SlurmLauncher":
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and not (text.strip() and text.replace("\t", " ").isprintable()):
+                    raise ValueError(f"{name}: {text!r} is no line of text")
+        for option in self.sbatch:
+            _check_sbatch_option(option)
+        if self.time is not None:
+            limit_s = _slurm_seconds(str(self.time))
+            if limit_s is None:
+                raise ValueError(f"time: {self.time!r} is no time limit; give minutes, `4:00:00` or `2-00:00:00`")
+            if limit_s <= self.save_before_s:
+                raise ValueError(f"save_before_s: {self.save_before_s} leaves nothing of the {limit_s} s of time; lower it, or raise time")
+        return self
+
+
+LauncherConfig: TypeAlias = LocalLauncher | SlurmLauncher
+"""How a stage becomes processes on machines."""
+LAUNCHERS: Mapping[str, type[LocalLauncher] | type[SlurmLauncher]] = {"local": LocalLauncher, "slurm": SlurmLauncher}
+SBATCH_FIELDS = {
+    "--partition": "partition",
+    "--account": "account",
+    "--qos": "qos",
+    "--nodes": "num_nodes",
+    "--ntasks-per-node": "processes_per_node",
+    "--ntasks": "processes_per_node",
+    "--gpus-per-node": "gpus_per_node",
+    "--cpus-per-task": "cpus_per_process",
+    "--time": "time",
+    "--signal": "save_before_s",
+}
+"""Options of `sbatch` that a field stands for."""
+SBATCH_OWNED = (
+    "--job-name", "--output", "--error", "--open-mode", "--chdir", "--requeue", "--no-requeue", "--dependency", "--kill-on-invalid-dep",
+    "--array", "--wrap", "--parsable", "--test-only", "--wait", "--hold",
+)  # fmt: skip
+"""Options of `sbatch` that the pipeline itself relies on."""
+
+
+def _check_sbatch_option(option: str) -> None:
+    name = re.split(r"[=\s]", option)[0]
+    if not name.startswith("--"):
+        raise ValueError(f"sbatch: {option!r} is no long option; write it as `--name=value`")
+    if name in SBATCH_FIELDS:
+        raise ValueError(f"sbatch: {option!r} is a field of the launcher; set {SBATCH_FIELDS[name]} instead")
+    if name in SBATCH_OWNED:
+        raise ValueError(f"sbatch: {option!r} is set by the pipeline; leave it out")
+
+
+def _slurm_seconds(text: str) -> int | None:
+    """A time limit in seconds: `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M` or `D-H:M:S`; None where it is none of these, or is nothing."""
+    if not re.fullmatch(r"\d{1,6}(?::\d{1,2}){0,2}|\d{1,4}-\d{1,2}(?::\d{1,2}){0,2}", text, re.ASCII):
+        return None
+    days, dash, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    hours, minutes, seconds = ([*parts, 0, 0] if dash else [0, *parts, 0] if len(parts) < 3 else parts)[:3]
+    return (((int(days or 0) * 24 + hours) * 60) + minutes) * 60 + seconds or None
 
 
 class PipelineConfig(Config):
@@ -145,7 +275,7 @@ class PipelineConfig(Config):
     """Everything that enters from outside, by name."""
     stages: dict[str, dict[str, Any]]
     """The stages in the order in which they run; each may read sources and stages listed above it."""
-    launcher: LauncherConfig = LauncherConfig()
+    launcher: LauncherConfig = LocalLauncher()
     """How stages become processes."""
 
     @field_validator("sources", mode="before")
@@ -154,6 +284,11 @@ class PipelineConfig(Config):
         if not isinstance(sources, Mapping):
             raise ValueError("must be a mapping of names to `{model: ...}` or `{data: ...}`")
         return {name: read_source(f"sources.{name}", raw) for name, raw in sources.items()}
+
+    @field_validator("launcher", mode="before")
+    @classmethod
+    def _read_launcher(cls, launcher: object) -> object:
+        return read_launcher("launcher", launcher)
 
     @model_validator(mode="after")
     def _names(self) -> "PipelineConfig":
@@ -177,6 +312,16 @@ def read_source(at: str, raw: object) -> ModelSource | DataSource:
     if not isinstance(raw, Mapping) or ("model" in raw) == ("data" in raw):
         raise UserError(f"{at}: must have either `model: ...` or `data: ...`")
     return validate(ModelSource, raw, at) if "model" in raw else validate(DataSource, raw, at)
+
+
+def read_launcher(at: str, raw: object) -> LauncherConfig:
+    """The launcher that `raw` describes, by its `kind`: that of this machine where it names none."""
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{at}: must be a mapping such as `{{kind: local}}`, got {_short(raw)}")
+    kind = raw.get("kind", "local")
+    if not isinstance(kind, str) or kind not in LAUNCHERS:
+        raise UserError(f"{at}.kind: input should be {' or '.join(map(repr, LAUNCHERS))}, got {_short(kind)}")
+    return validate(LAUNCHERS[kind], raw, at)
 
 
 def read_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:

@@ -6,10 +6,10 @@ report are those of the `evaluate` modules in `posttrain.metrics`; the intervals
 
 import json
 import os
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,7 @@ from posttrain.forward import Scorer
 from posttrain.generate import answer_all
 from posttrain.layout import Group, conversation_group, pair_group
 from posttrain.metrics.check import Check, as_reference, read_checks
-from posttrain.metrics.metric import load_metric
-from posttrain.metrics.paired import compare, interval
+from posttrain.metrics.measured import Measured, difference_of, interval_of, measure_results
 from posttrain.models import check_weights, load_policy, load_tokenizer
 from posttrain.progress import Progress
 from posttrain.stage import Input, StageContext
@@ -116,6 +115,12 @@ def read_rows(context: StageContext[Any]) -> Rows:
         rows.extend(source.rows())
         summary += [f"{given.name}: {entry}" for entry in describe_formats(source)]
         summary.append(f"{given.name}: {len(rows) - before:,} rows" + (f", {len(source.invalid):,} do not fit" if source.invalid else ""))
+    labelled = next((row for row in rows if isinstance(row, Conversation) and row.label is not None), None)
+    if labelled:
+        raise UserError(
+            f"{labelled.origin}: is a labelled answer, and {context.at} measures on conversations and pairs; "
+            "take undesirable answers out, and set format: of the source to one without label"
+        )
     checks: list[list[Check]] = [read_checks(row.checks, row.origin) if isinstance(row, Conversation) else [] for row in rows]
     return Rows(rows, checks, summary)
 
@@ -143,6 +148,7 @@ class Kept:
         self._path = context.checkpoints / f"results.rank_{context.rank}_of_{context.world_size}.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._known: dict[str, list[dict[str, Any]]] = {}
+        self._writing = Lock()  # batches may be computed side by side
         lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines() if self._path.is_file() else []
         whole = [line for line in lines if self._take(line)]
         if len(whole) < len(lines):
@@ -164,7 +170,7 @@ class Kept:
         if name not in self._known:
             record = {"batch": name, "results": compute()}
             line = json.dumps({**record, "sha256": disk.hash_json(record)}) + "\n"
-            with self._path.open("a", encoding="utf-8") as file:
+            with self._writing, self._path.open("a", encoding="utf-8") as file:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
@@ -255,18 +261,9 @@ def _score(model: PreTrainedModel, scored: Sequence[Scored], pad: int, progress:
 # --- comparison ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One metric of one policy: its value, and per row the score and the weight that the interval draws from."""
-
-    value: float
-    scores: dict[int, float]
-    weights: dict[int, float]
-
-
 def compare_policies(policies: Sequence[Policy], rows: Rows, *, confidence: float, seed: int) -> tuple[dict[str, Any], dict[str, float]]:
     """The table for people, and the flat metrics `<policy>.<metric>`; every policy is compared with the first."""
-    measured = {policy.name: _measure_policy(policy, rows) for policy in policies}
+    measured = {policy.name: measure_results(policy.results) for policy in policies}
     baseline = policies[0].name
     names = list(dict.fromkeys(name for metrics in measured.values() for name in metrics))
     table_rows, metrics = [], {}
@@ -291,77 +288,12 @@ def compare_policies(policies: Sequence[Policy], rows: Rows, *, confidence: floa
 
 def _cell(got: Measured, base: Measured | None, confidence: float, seed: int) -> str:
     if base is None:
-        own = interval(list(got.scores.values()), weights=list(got.weights.values()), seed=seed, confidence=confidence)
+        own = interval_of(got, confidence=confidence, seed=seed)
         spread = f" ({own.low:.3f} to {own.high:.3f})" if own.low is not None and own.high is not None else ""
         return f"{got.value:.3f}{spread}"
-    shared = [row for row in got.scores if row in base.scores]
-    if any(got.weights[row] != base.weights[row] for row in shared):
+    difference = difference_of(base, got, confidence=confidence, seed=seed)
+    if difference is None:
         return f"{got.value:.3f} (other tokens than the baseline's: not comparable)"
-    difference = compare(
-        [base.scores[row] for row in shared],
-        [got.scores[row] for row in shared],
-        weights=[base.weights[row] for row in shared],
-        seed=seed,
-        confidence=confidence,
-    )
     if difference.low is None or difference.high is None:
         return f"{got.value:.3f} ({difference.difference:+.3f})"
     return f"{got.value:.3f} ({difference.difference:+.3f}, {difference.low:+.3f} to {difference.high:+.3f})"
-
-
-def _measure_policy(policy: Policy, rows: Rows) -> dict[str, Measured]:
-    by_measure: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
-    for result in policy.results:
-        by_measure[result["measure"]][result["row"]] = result
-    measured: dict[str, Measured] = {}
-    if by_measure["nll"]:
-        measured["nll"] = _nll(by_measure["nll"])
-    if by_measure["chosen"]:
-        measured |= _preference(by_measure["chosen"], by_measure["rejected"])
-    if by_measure["answer"]:
-        measured |= _answers(by_measure["answer"])
-    return measured
-
-
-def _nll(results: dict[int, dict[str, Any]]) -> Measured:
-    computed = load_metric("assistant_nll").compute(
-        predictions=[-result["logp"] for result in results.values()], references=[result["num_tokens"] for result in results.values()]
-    )
-    weights = {row: float(result["num_tokens"]) for row, result in results.items()}
-    return Measured(computed["nll"], dict(zip(results, computed["scores"], strict=True)), weights)
-
-
-def _preference(chosen: dict[int, dict[str, Any]], rejected: dict[int, dict[str, Any]]) -> dict[str, Measured]:
-    computed = load_metric("preference").compute(
-        predictions=[[chosen[row]["logp"], rejected[row]["logp"]] for row in chosen],
-        references=[[chosen[row]["num_tokens"], rejected[row]["num_tokens"]] for row in chosen],
-    )
-    once = dict.fromkeys(chosen, 1.0)
-    return {
-        "preference accuracy": Measured(computed["accuracy"], dict(zip(chosen, computed["scores"], strict=True)), once),
-        "preference margin": Measured(computed["margin"], dict(zip(chosen, computed["margins"], strict=True)), once),
-    }
-
-
-def _answers(results: dict[int, dict[str, Any]]) -> dict[str, Measured]:
-    """Each checker's accuracy over the rows that carry it, and `answers`: the share of rows that pass all their checks."""
-    by_kind: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
-    for row, result in results.items():
-        for reference in result["checks"]:
-            by_kind[_kind(reference)].append((row, result["answer"], reference))
-    passed: dict[int, float] = dict.fromkeys(results, 1.0)
-    measured = {}
-    for kind, cases in sorted(by_kind.items()):
-        computed = load_metric(kind).compute(predictions=[c[1] for c in cases], references=[c[2] for c in cases])
-        scores: dict[int, float] = {}
-        for (row, _, _), score in zip(cases, computed["scores"], strict=True):
-            scores[row] = min(score, scores.get(row, 1.0))
-            passed[row] = min(score, passed[row])
-        measured[kind] = Measured(sum(scores.values()) / len(scores), scores, dict.fromkeys(scores, 1.0))
-    overall = Measured(sum(passed.values()) / len(passed), passed, dict.fromkeys(passed, 1.0))
-    return {"answers passed": overall, **(measured if len(measured) > 1 else {})}
-
-
-def _kind(reference: str) -> str:
-    kind: str = json.loads(reference)["kind"]
-    return kind

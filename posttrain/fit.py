@@ -43,7 +43,7 @@ from posttrain.data.samples import Encoder
 from posttrain.error import Preempted, UserError, heed_signals
 from posttrain.forward import to_batch, to_device
 from posttrain.layout import Group, Layout, restore_attention
-from posttrain.models import LOADERS, check_weights, load_tokenizer, publish, stored_dtype, train_new_tokens
+from posttrain.models import LOADERS, check_weights, load_tokenizer, loaded_dtype, publish, quantization, stored_dtype, train_new_tokens
 from posttrain.preflight import fatal_faults, preflight
 from posttrain.progress import Progress
 from posttrain.recipe import TrainingConfig
@@ -58,6 +58,7 @@ OWNED = {
     "gradient_accumulation_steps": "it is derived from global_batch_size",
     "resume_from_checkpoint": "`run` resumes by itself",
     "dataset_kwargs": "data are prepared before training",
+    "train_sampling_strategy": "the order of samples follows from the seed",
     "precompute_ref_log_probs": "reference log-probs are always computed once, before training",
     "model_init_kwargs": "the model is loaded under its chat contract",
     "eval_strategy": "evaluation is a stage of its own",
@@ -158,8 +159,13 @@ def check_preparations(context: StageContext[Any], arguments_class: type[Any]) -
     """All that can be refused before data are read or a model is loaded."""
     config: TrainingConfig = context.config
     check_trainer_fields(config, arguments_class, context.at)
-    if config.deepspeed is not None:
-        read_deepspeed(config.deepspeed, context.at)
+    zero = {} if config.deepspeed is None else read_deepspeed(config.deepspeed, context.at).get("zero_optimization", {})
+    if config.lora is not None and config.lora.load_in_4bit:
+        where = f"{context.at}.lora.load_in_4bit"
+        if find_spec("bitsandbytes") is None:
+            raise UserError(f"{where}: needs the library bitsandbytes, which is not installed; pip install bitsandbytes, or leave it out")
+        if zero.get("stage") == 3:
+            raise UserError(f"{where}: weights of 4 bits cannot be sharded by ZeRO-3 ({config.deepspeed}); use ds_configs/zero2.json")
 
 
 def read_deepspeed(path: str, at: str) -> dict[str, Any]:
@@ -204,9 +210,10 @@ def open_fitting(
         arguments = _arguments(context, arguments_class, fields)  # before the model: ZeRO-3 shards it while it loads
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"{context.at}: {arguments_class.__name__} refuses its settings: {' '.join(str(error).split())[:300]}") from error
-    dtype = torch.bfloat16 if config.lora and config.uses_bf16 else torch.float32
+    dtype = loaded_dtype(config)
     torch.manual_seed(config.seed)  # a new head is drawn at random
-    model = LOADERS[output](given.model, tokenizer, contract, context.at, dtype=dtype, attn_implementation=config.attn_implementation)
+    options = {"attn_implementation": config.attn_implementation, **quantization(config.lora, dtype)}
+    model = LOADERS[output](given.model, tokenizer, contract, context.at, dtype=dtype, **options)
     if config.lora is not None:
         _check_targets(model, config.lora.target_modules, context.at)
     return Fitting(model, tokenizer, contract, arguments, _peft_config(config, output), output)
@@ -275,7 +282,8 @@ def _peft_config(config: TrainingConfig, output: ArtifactKind) -> Any:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(task_type="CAUSAL_LM" if output == "policy" else "SEQ_CLS", **config.lora.model_dump())
+    settings = config.lora.model_dump(exclude={"load_in_4bit"})
+    return LoraConfig(task_type="CAUSAL_LM" if output == "policy" else "SEQ_CLS", **settings)
 
 
 class OurOrder(Trainer):
@@ -296,6 +304,8 @@ class OurOrder(Trainer):
     """What was logged last."""
     before_step: dict[str, Any]
     """The random numbers at the start of the step at hand."""
+    is_over = False
+    """Whether the run ends with the step at hand, though more were planned."""
     aux_loss_enabled: bool
     router_aux_loss_coef: float
     samples: Any
@@ -313,18 +323,43 @@ class OurOrder(Trainer):
         """What TRL's loss wants, of the batch that a model is called with."""
         return batch
 
+    def micro_batch(self, samples: Sequence[int]) -> Any:
+        """What the loader gives for the samples of a micro-batch."""
+        return self.complete(to_batch(self.groups(samples), self.layout, self.pad), samples)
+
     @cached_property
     def num_trained(self) -> npt.NDArray[np.int64]:
         """Trained tokens of each sample, `(N,)`."""
         return self.prepared.column("num_trained").astype(np.int64)
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each sample, `(N,)`."""
+        return self.prepared.column("length").astype(np.int64)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence to come."""
+        return int(self.batches.sizes.longest.max())
+
+    def count_tokens(self, step: int) -> tuple[int, int]:
+        """Tokens of a step's samples, and how many of them are trained."""
+        samples = self.batches.samples(step)
+        return int(self.lengths[samples].sum()), int(self.num_trained[samples].sum())
 
     def num_items(self, step: int) -> int | None:
         """What the loss of a step is divided by, where that is not its number of samples."""
         return None
 
     def weights(self, batch: dict[str, Any]) -> dict[str, float]:
-        """By how much a micro-batch counts in each metric; `` is for those that are not named."""
+        """By how much a micro-batch counts in each metric; `` is for those that are not named.
+
+        A metric that some micro-batches have nothing for must be named, since all ranks must know of it.
+        """
         raise NotImplementedError
+
+    def begin_step(self, model: Any) -> None:
+        """Compute what the loss of a step wants to know of its whole global batch, with no gradient and no random number."""
 
     def join(self, parts: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Micro-batches, each as what TRL's loss is given and what its model answers, as one; needed where the loss is coupled."""
@@ -352,6 +387,7 @@ class OurOrder(Trainer):
         num_items = self.num_items(step)
         if num_items is not None:
             num_items_in_batch = torch.tensor(num_items, device=self.args.device)
+        self.begin_step(model)
         self.current_gradient_accumulation_steps = len(micro_batches)
         if self.is_coupled:
             return self._coupled_step(model, micro_batches)
@@ -502,11 +538,10 @@ class OurOrder(Trainer):
             yield
         finally:
             del self.accelerator.gather, self.accelerator.gather_for_metrics
-        for name, values in metrics.items():
-            if name != "num_tokens":
-                weight = weights.get(name, weights[""])
-                sums[name][0] += weight * float(values[-1])
-                sums[name][1] += weight
+        for name in {*metrics, *weights} - {"", "num_tokens"}:
+            weight = weights.get(name, weights[""]) if metrics[name] else 0.0
+            sums[name][0] += weight * float(metrics[name][-1]) if weight else 0.0
+            sums[name][1] += weight
 
     def _over_ranks(self, sums: dict[str, list[float]]) -> dict[str, float]:
         names = sorted(sums)
@@ -514,7 +549,7 @@ class OurOrder(Trainer):
         if dist.is_initialized() and dist.get_world_size() > 1:
             table = table.to(self.args.device)
             dist.all_reduce(table)
-        return {name: float(total / max(weight, 1e-9)) for name, (total, weight) in zip(names, table.tolist(), strict=True)}
+        return {name: float(total / weight) for name, (total, weight) in zip(names, table.tolist(), strict=True) if weight}
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: the trainer's estimate is for one padded batch."""
@@ -572,7 +607,7 @@ class OwnLoss(OurOrder):
         self._metrics["train"] = {}
 
 
-class _MicroBatches(Dataset[dict[str, Any]]):
+class _MicroBatches(Dataset[Any]):
     """A trainer's micro-batches, each asked for by the numbers of its samples."""
 
     def __init__(self, trainer: OurOrder) -> None:
@@ -581,9 +616,8 @@ class _MicroBatches(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.trainer.prepared.num_rows
 
-    def __getitem__(self, samples: Any) -> dict[str, Any]:
-        batch = to_batch(self.trainer.groups(samples), self.trainer.layout, self.trainer.pad)
-        return self.trainer.complete(batch, samples)
+    def __getitem__(self, samples: Any) -> Any:
+        return self.trainer.micro_batch(samples)
 
 
 class Stopped(Exception):
@@ -678,7 +712,6 @@ class Watch(TrainerCallback):
         self.context = context
         self.trainer = trainer
         self.batches: GlobalBatches = trainer.batches
-        self.lengths: npt.NDArray[np.int64] = trainer.prepared.column("length")
         self.progress = progress
         self.last = last
         self.saved_at = time.monotonic()
@@ -704,8 +737,8 @@ class Watch(TrainerCallback):
                 trainer.model_wrapped,
                 bare_model(trainer.model),
                 trainer.groups,
-                longest=int(batches.sizes.longest.max()),
-                num_tokens=int(self.lengths.mean() * batches.num_steps * batches.global_batch_size),
+                longest=trainer.longest,
+                num_tokens=int(trainer.lengths.mean() * batches.num_steps * batches.global_batch_size),
                 layouts=[*trainer.layouts, "padded"],
                 pad=trainer.pad,
                 is_resuming=self.last is not None,
@@ -718,16 +751,19 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Count, and say whether it is time to save."""
-        samples = self.batches.samples(state.global_step - 1)
-        self.tokens += int(self.lengths[samples].sum())
-        self.trained_tokens += int(self.trainer.num_trained[samples].sum())
+        tokens, trained = self.trainer.count_tokens(state.global_step - 1)
+        self.tokens += tokens
+        self.trained_tokens += trained
         self.steps += 1
-        state.epoch = state.global_step * self.batches.global_batch_size / len(self.lengths)
+        state.epoch = state.global_step * self.batches.global_batch_size / len(self.trainer.lengths)
+        if self.trainer.is_over:
+            control.should_training_stop = control.should_log = True
         config: TrainingConfig = self.context.config
         is_due = config.save_minutes is not None and time.monotonic() - self.saved_at > config.save_minutes * 60
         control.should_save = (
             state.global_step % config.save_steps == 0
             or state.global_step == self.batches.num_steps
+            or self.trainer.is_over
             or any_rank(self.context.is_main and is_due)
         )
 

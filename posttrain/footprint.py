@@ -33,6 +33,8 @@ FRAME_BYTES = 80
 """Bytes of a row in its file that are no text: names of fields, quotes and brackets."""
 REPORTED_ROW_BYTES = 250
 """Bytes that a report keeps of a row for each policy."""
+ANSWER_BYTES = 4
+"""Bytes of text in a token that a policy says, about."""
 EXPANSION = {".gz": 4.0, ".parquet": 3.0}
 """Bytes of text in a byte of a compressed file, about."""
 SAMPLE_BYTES = 1 << 16
@@ -114,7 +116,7 @@ def foretell(
     data = [content for role in inputs.values() for content in role if not isinstance(content, Weights)]
     rows = _join(data) if data and all(isinstance(content, Rows) for content in data) else None
     if kind == "dataset":
-        return Footprint(0, 0, None if rows is None else int(rows.num_bytes)), rows
+        return _foretell_rows(config, rows)
     if kind == "report":
         return Footprint(0, 0, None if rows is None else int(rows.num_rows * len(models) * REPORTED_ROW_BYTES)), None
     first = models[0] if models else None
@@ -135,23 +137,41 @@ def foretell(
     return Footprint(prepared, checkpoints, output), replace(first, dtype=dtype)
 
 
+def _foretell_rows(config: StageConfig, rows: Rows | None) -> tuple[Footprint, Content]:
+    """The same of a stage that writes rows: the rows it reads, and where it samples answers to them as long ones as there may be."""
+    if rows is None:
+        return Footprint(0, 0, None), None
+    num_answers = getattr(config, "num_generations", 0)
+    if not num_answers:
+        return Footprint(0, 0, int(rows.num_bytes)), rows
+    answers_bytes = rows.num_rows * getattr(config, "max_completion_length", 0) * ANSWER_BYTES
+    output = getattr(config, "output", "")
+    num_kept = {"pairs": 2, "best": 1}.get(output, num_answers)
+    made = Rows(rows.num_bytes + num_kept * answers_bytes, rows.num_rows * (num_answers if output == "all" else 1), output == "pairs")
+    return Footprint(0, 0, int(made.num_bytes + num_answers * answers_bytes)), made
+
+
 def adapter_parameters(weights: Weights, lora: LoraRecipe) -> int | None:
     """Numbers in the adapters of a model; None where no module of it is known to be meant."""
     total = 0
     for name, shape in weights.matrices.items():
         module, _, last = name.rpartition(".")
         if last == "weight" and _is_target(module, lora.target_modules):
-            total += lora.r * sum(shape)
+            total += lora.r * sum(shape) + (shape[0] if lora.use_dora else 0)
     return total or None
 
 
 def _is_target(module: str, targets: str | list[str]) -> bool:
     if targets == "all-linear":
-        # Tables with a vector for each token are no linear modules, and peft leaves the head out.
-        return not re.search(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|embed_out|output|score)$", module)
+        return not is_table(module)  # tables are no linear modules, and peft leaves the head out
     if isinstance(targets, str):
         return re.fullmatch(targets, module) is not None
     return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def is_table(module: str) -> bool:
+    """Whether a module is a table with a vector for each token or position, or a head: what no layer multiplies with."""
+    return re.search(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|embed_out|output|score)$", module) is not None
 
 
 def _num_checkpoints(config: TrainingConfig) -> int:
@@ -161,11 +181,16 @@ def _num_checkpoints(config: TrainingConfig) -> int:
     return min(kept + 1, ever)
 
 
-def _prepared_bytes(rows: Rows, vocabulary_size: int) -> int:
+def num_tokens(rows: Rows, vocabulary_size: int) -> float:
+    """About how many tokens all rows have, the prompt of a pair once."""
     # Bytes of English in a token: about 2 with a vocabulary of a thousand, 3.7 with one of 32 thousand, 4.3 with 128 thousand.
     each = max(1.0, math.log2(max(2, vocabulary_size)) / 3 - 1.3)
-    num_tokens = max(rows.num_bytes - rows.num_rows * FRAME_BYTES, rows.num_bytes / 4) / each
-    return int(num_tokens * (PAIR_TOKEN_BYTES if rows.are_pairs else TOKEN_BYTES) + rows.num_rows * ROW_BYTES + vocabulary_size * 8)
+    return max(rows.num_bytes - rows.num_rows * FRAME_BYTES, rows.num_bytes / 4) / each
+
+
+def _prepared_bytes(rows: Rows, vocabulary_size: int) -> int:
+    count = num_tokens(rows, vocabulary_size)
+    return int(count * (PAIR_TOKEN_BYTES if rows.are_pairs else TOKEN_BYTES) + rows.num_rows * ROW_BYTES + vocabulary_size * 8)
 
 
 def _join(data: Sequence[Content]) -> Rows:

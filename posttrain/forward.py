@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
-from posttrain.batch import sized_batches
+from posttrain.batch import deal, sized_batches
 from posttrain.data.samples import IGNORED
 from posttrain.head import score
 from posttrain.layout import (
@@ -41,12 +42,14 @@ PROBE = (((7, (9, 5)), (4, (3, 12))), ((1, (2, 2)), (23, (1, 31))))
 """Groups that layouts are compared on: lengths of a prompt and of its two answers."""
 
 
-def attach(model: PreTrainedModel, *, outputs: Collection[str] = ("log_probs",)) -> None:
+def attach(model: PreTrainedModel, *, outputs: Collection[str] = ("log_probs",), temperature: float = 1.0) -> None:
     """Replace the model's fused forward by ours; `outputs` are the fields of `head.Scores` that are wanted.
 
-    The forward without `fused_lm_head` stays the model's own, and so does generation.
+    Log-probabilities are those of softmax(logits / temperature). The forward without `fused_lm_head` stays the model's own, and so
+    does generation.
     """
     scale, softcap = _logit_transform(model.config.get_text_config())
+    scale, softcap = scale / temperature, None if softcap is None else softcap / temperature
 
     def head(hidden: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
         table: Any = model.get_output_embeddings()
@@ -189,6 +192,37 @@ def score_batch(
     for (number, _), row in number_sequences(groups).items():
         found[number].append(log_probs[row][wanted[row]])
     return found
+
+
+def score_all(
+    call: Callable[..., Any],
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    layout: Layout,
+    *,
+    pad: int,
+    micro_batch_tokens: int,
+    rank: int,
+    world_size: int,
+) -> list[list[Floats]]:
+    """The log-probability of every counted token, `[group][branch]` -> `(n,)`, on every rank, computed by all of them.
+
+    `call` is the model, or what wraps it; it scores as in evaluation.
+    """
+    training = model.training
+    model.eval()
+    # No rank may be without work: under ZeRO-3 each forward pass is a collective.
+    numbers = list(range(len(groups))) * -(-world_size // len(groups))
+    mine: dict[int, list[Floats]] = {}
+    for micro_batch in deal(numbers, measure([groups[number] for number in numbers], layout), micro_batch_tokens, world_size)[rank]:
+        found = score_batch(call, model, [groups[number] for number in micro_batch], layout, pad=pad)
+        mine |= dict(zip(micro_batch, found, strict=True))
+    model.train(training)
+    every: list[Any] = [mine] * world_size
+    if world_size > 1:
+        dist.all_gather_object(every, mine)
+    merged = {number: branches for part in every for number, branches in part.items()}
+    return [merged[number] for number in range(len(groups))]
 
 
 def to_batch(groups: Sequence[Group], layout: Layout, pad: int) -> dict[str, Any]:

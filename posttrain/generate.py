@@ -1,6 +1,6 @@
-"""Generation under a chat contract: greedy answers for evaluation, and a conversation on the terminal.
+"""Generation under a chat contract: greedy answers for evaluation, sampled ones to learn from, a conversation on the terminal.
 
-Evaluation decodes with a key-value cache, whose rows are the answers under way. What prompts begin with alike is read
+Answers are decoded with a key-value cache, whose rows are the answers under way. What prompts begin with alike is read
 once; a row leaves the cache when its answer ends, and the next prompt takes its place. `model.generate` can do neither,
 so the loop is here; it is used for the models that only attend to keys and values, and to their positions.
 """
@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor, PreTrainedTokenizerBase, TextStreamer
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.logging import disable_progress_bar
 
@@ -52,6 +53,21 @@ GREEDY_NEUTRAL = {
 }
 """Settings that change nothing at these values; any other setting takes the way of `model.generate`."""
 
+Choose = Callable[[Sequence["_Answer"], torch.Tensor], torch.Tensor]
+"""Of R answers under way and the logits `(R, V)` of what comes next in each, the next token of each, `(R,)`."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A sampled answer."""
+
+    ids: list[int]
+    """Its tokens, the stop token at its end among them."""
+    ended: bool
+    """Whether it came to a stop token; else it was cut off."""
+    log_probs: list[float]
+    """Of each token, under the distribution it was drawn from before `top_k` and `top_p` cut that; 0 at temperature 0."""
+
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, contract: ChatContract) -> list[int]:
     """Ids of the tokens that end an answer."""
@@ -82,18 +98,117 @@ def answer_all(
     if not prompts:
         return []
     stops = set(stop_ids(tokenizer, contract))
+    decoded = _answers(model, tokenizer, prompts, _likeliest, stops=stops, max_new_tokens=max_new_tokens, num_each=1)
+    answers = [""] * len(prompts)
+    for done, (index, tokens) in enumerate(decoded, 1):
+        answers[index] = decode(tokenizer, tokens[:-1] if tokens[-1] in stops else tokens)
+        tick(done)
+    return answers
+
+
+def sample_all(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    contract: ChatContract,
+    prompts: Sequence[list[int]],
+    *,
+    num_return_sequences: int,
+    temperature: float,
+    max_new_tokens: int,
+    seeds: Sequence[Sequence[int]],
+    top_p: float = 1.0,
+    top_k: int = 0,
+    tick: Callable[[int], None] = lambda done: None,
+) -> list[list[Completion]]:
+    """So many answers to each prompt of token ids, drawn at random; `tick` is told how many are done.
+
+    A token is drawn from softmax(logits / temperature); if asked, from the `top_k` likeliest alone, and of these from the
+    fewest that hold `top_p` of the probability. What is drawn for answer k to prompt i depends on `seeds[i]`, k and the position
+    alone, so answers are the same whatever else is in the batch, but for rounding. At temperature 0 each is the greedy answer.
+    """
+    if not prompts:
+        return []
+    stops = set(stop_ids(tokenizer, contract))
+    keys = [[*seed, number] for seed in seeds for number in range(num_return_sequences)]
+    uniform = np.stack([np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random(max_new_tokens) for key in keys])
+    log_probs = np.zeros(uniform.shape, dtype=np.float32)
+
+    def choose(answers: Sequence[_Answer], logits: torch.Tensor) -> torch.Tensor:
+        places = [answer.index for answer in answers], [len(answer.tokens) for answer in answers]
+        numbers = torch.from_numpy(uniform[places]).to(logits.device)
+        tokens, drawn = draw(logits, numbers, temperature=temperature, top_p=top_p, top_k=top_k)
+        log_probs[places] = drawn.cpu().numpy()
+        return tokens
+
+    found: list[list[Completion | None]] = [[None] * num_return_sequences for _ in prompts]
+    decoded = _answers(
+        model,
+        tokenizer,
+        prompts,
+        choose if temperature else _likeliest,
+        stops=stops,
+        max_new_tokens=max_new_tokens,
+        num_each=num_return_sequences,
+    )
+    for done, (index, tokens) in enumerate(decoded, 1):
+        completion = Completion(tokens, tokens[-1] in stops, log_probs[index, : len(tokens)].tolist())
+        found[index // num_return_sequences][index % num_return_sequences] = completion
+        tick(done)
+    return [[completion for completion in completions if completion is not None] for completions in found]
+
+
+def draw(
+    logits: torch.Tensor, uniform: torch.Tensor, *, temperature: float, top_p: float = 1.0, top_k: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token for each row of logits `(R, V)`: where a number `(R,)`, even over [0, 1), falls in the sum of probabilities.
+
+    Returns the tokens, and the log of their probability before `top_k` and `top_p`, both `(R,)`.
+    """
+    log_probs = (logits.float() / temperature).log_softmax(-1)
+    probs = log_probs.exp()
+    if not top_k and top_p == 1:
+        tokens = _invert(probs, uniform)
+    else:
+        kept, ranked = probs.topk(min(top_k, probs.shape[1])) if top_k else probs.sort(descending=True, stable=True)
+        before = kept.cumsum(-1) - kept
+        kept = kept.masked_fill(before >= top_p * kept.sum(-1, keepdim=True), 0)
+        tokens = ranked.gather(1, _invert(kept, uniform)[:, None])[:, 0]
+    return tokens, log_probs.gather(1, tokens[:, None])[:, 0]
+
+
+def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Per row `(R, n)` of weights, the first place up to which their sum exceeds so large a share of all, which has a weight then."""
+    sums = weights.double().cumsum(-1)
+    total = sums[:, -1:]
+    share = torch.minimum(uniform.double()[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(sums, share, right=True)[:, 0]
+
+
+def _likeliest(_: Sequence["_Answer"], logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(-1)
+
+
+def _answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    choose: Choose,
+    *,
+    stops: set[int],
+    max_new_tokens: int,
+    num_each: int,
+) -> Iterator[tuple[int, list[int]]]:
+    """Number and tokens of each answer, as answers end, with the stop token of those that come to one.
+
+    Answer k to prompt i has the number `i * num_each + k`.
+    """
     pad_id: int = tokenizer.pad_token_id
     obstacle = _obstacle(model, max(map(len, prompts)) + max_new_tokens)
     if obstacle is None:
-        decoded = _decode(model, prompts, stops=stops, pad_id=pad_id, max_new_tokens=max_new_tokens)
-    else:
-        print(f"generate: {obstacle.reason}: answers come from plain model.generate, which is slower", flush=True)
-        decoded = _generate(model, prompts, stops=stops, pad_id=pad_id, max_new_tokens=max_new_tokens, may_pad=obstacle.may_pad)
-    answers = [""] * len(prompts)
-    for done, (index, tokens) in enumerate(decoded, 1):
-        answers[index] = decode(tokenizer, tokens)
-        tick(done)
-    return answers
+        return _decode(model, prompts, choose, stops=stops, pad_id=pad_id, max_new_tokens=max_new_tokens, num_each=num_each)
+    print(f"generate: {obstacle.reason}: answers come from plain model.generate, which is slower", flush=True)
+    each = [prompt for prompt in prompts for _ in range(num_each)]
+    return _generate(model, each, choose, stops=stops, pad_id=pad_id, max_new_tokens=max_new_tokens, may_pad=obstacle.may_pad)
 
 
 # --- batches that shrink and refill ----------------------------------------------------------------------------------
@@ -101,7 +216,7 @@ def answer_all(
 
 @dataclass
 class _Answer:
-    """An answer under way: the index of its prompt, its tokens so far, and the columns that it may come to need."""
+    """An answer under way: its number, the columns that it may come to need, and its tokens so far."""
 
     index: int
     reach: int
@@ -121,22 +236,32 @@ class _Rows:
     """The last token of each row, which is not in the cache yet, `(R, 1)`."""
     positions: torch.Tensor
     """Its position, `(R, 1)`."""
+    choose: Choose
+    """How the next token of each is chosen."""
 
 
 def _decode(
-    model: Any, prompts: Sequence[list[int]], *, stops: set[int], pad_id: int, max_new_tokens: int
+    model: Any,
+    prompts: Sequence[list[int]],
+    choose: Choose = _likeliest,
+    *,
+    stops: set[int],
+    pad_id: int,
+    max_new_tokens: int,
+    num_each: int = 1,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Index and answer of each prompt, as answers end. A row leaves the batch when it ends, and others take its place."""
+    """As `_answers`. A row leaves the batch when it ends, and others take its place."""
     cache_tokens = CACHE_BYTES // _bytes_per_token(model)
     rows: _Rows | None = None
     for num_shared, members in _families(prompts):
         prefix = _read_prefix(model, prompts[members[0]][:num_shared])
-        waiting = deque(members)
+        waiting = deque(member * num_each + number for member in members for number in range(num_each))
         while waiting:
-            reaches = [len(prompts[index]) + max_new_tokens for index in waiting]
+            reaches = [len(prompts[index // num_each]) + max_new_tokens for index in waiting]
             if num_joining := _num_joining(rows.answers if rows else [], reaches, cache_tokens):
                 joining = [_Answer(waiting.popleft(), reaches[0]) for _ in range(num_joining)]
-                new = _read(model, prefix, [prompts[answer.index][num_shared:] for answer in joining], joining, pad_id)
+                rests = [prompts[answer.index // num_each][num_shared:] for answer in joining]
+                new = _read(model, prefix, rests, joining, pad_id, choose)
                 rows = _join(rows, new) if rows else new
             else:
                 assert rows is not None, "an empty batch has room for one more"
@@ -209,9 +334,14 @@ def _read_prefix(model: Any, ids: list[int]) -> Any:
 
 
 @torch.no_grad()
-def _read(model: Any, prefix: Any, prompts: list[list[int]], answers: list[_Answer], pad_id: int) -> _Rows:
-    """Rows for prompts that go on from `prefix`, the longest first, with the first token of each answer."""
+def _read(model: Any, prefix: Any, prompts: list[list[int]], answers: list[_Answer], pad_id: int, choose: Choose) -> _Rows:
+    """Rows for prompts that go on from `prefix`, the longest first, with the first token of each answer.
+
+    Of prompts that are alike and follow one another only the first is read.
+    """
     num_shared = prefix.get_seq_length()
+    alike = [len(list(group)) for _, group in itertools.groupby(prompts)]
+    prompts = [prompt for prompt, _ in itertools.groupby(prompts)]
     ids, seen = _pad_left(prompts, pad_id, model.device)
     width = ids.shape[1]
     seen = pad(seen, (num_shared, 0), value=True)
@@ -229,7 +359,11 @@ def _read(model: Any, prefix: Any, prompts: list[list[int]], answers: list[_Answ
             use_cache=True,
             logits_to_keep=1,
         ).logits
-    rows = _Rows(answers, cache, seen, ids[:, -1:], positions[:, -1:])
+    if len(answers) > len(prompts):
+        copies = torch.arange(len(prompts), device=ids.device).repeat_interleave(torch.tensor(alike, device=ids.device))
+        cache.batch_select_indices(copies)
+        ids, seen, positions, logits = ids[copies], seen[copies], positions[copies], logits[copies]
+    rows = _Rows(answers, cache, seen, ids[:, -1:], positions[:, -1:], choose)
     _choose(rows, logits)
     return rows
 
@@ -247,6 +381,7 @@ def _join(rows: _Rows, new: _Rows) -> _Rows:
         torch.cat([pad(part.seen, (num, 0)) for part, num in zip((rows, new), pads, strict=True)]),
         torch.cat([rows.tokens, new.tokens]),
         torch.cat([rows.positions, new.positions]),
+        rows.choose,
     )
 
 
@@ -266,20 +401,19 @@ def _step(model: Any, rows: _Rows) -> None:
 
 
 def _choose(rows: _Rows, logits: torch.Tensor) -> None:
-    """Append the likeliest token by `logits`, `(R, 1, V)`, to each answer."""
-    rows.tokens = logits.argmax(-1)
+    """Append the next token by `logits`, `(R, 1, V)`, to each answer."""
+    rows.tokens = rows.choose(rows.answers, logits[:, -1])[:, None]
     rows.positions = rows.positions + 1
     for answer, token in zip(rows.answers, rows.tokens[:, 0].tolist(), strict=True):
         answer.tokens.append(token)
 
 
 def _take_ended(rows: _Rows, stops: set[int], max_new_tokens: int) -> Generator[tuple[int, list[int]], None, _Rows | None]:
-    """Yield index and tokens of answers that have ended; return the rows of the others, None if there are none."""
+    """Yield number and tokens of answers that have ended; return the rows of the others, None if there are none."""
     going = []
     for row, answer in enumerate(rows.answers):
-        stopped = answer.tokens[-1] in stops
-        if stopped or len(answer.tokens) == max_new_tokens:
-            yield answer.index, answer.tokens[:-1] if stopped else answer.tokens
+        if answer.tokens[-1] in stops or len(answer.tokens) == max_new_tokens:
+            yield answer.index, answer.tokens
         else:
             going.append(row)
     if not going:
@@ -336,10 +470,22 @@ def _obstacle(model: Any, longest: int) -> _Obstacle | None:
     return None
 
 
+class _Chosen(LogitsProcessor):
+    """Leaves `model.generate`, which takes the likeliest token, only the tokens that `choose` says."""
+
+    def __init__(self, choose: Choose, batch: Sequence[int], num_prompt_tokens: int) -> None:
+        self.choose, self.batch, self.num_prompt_tokens = choose, batch, num_prompt_tokens
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        rows = zip(self.batch, input_ids[:, self.num_prompt_tokens :].tolist(), strict=True)
+        chosen = self.choose([_Answer(index, 0, tokens) for index, tokens in rows], scores)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+
 def _generate(
-    model: Any, prompts: Sequence[list[int]], *, stops: set[int], pad_id: int, max_new_tokens: int, may_pad: bool
+    model: Any, prompts: Sequence[list[int]], choose: Choose, *, stops: set[int], pad_id: int, max_new_tokens: int, may_pad: bool
 ) -> Iterator[tuple[int, list[int]]]:
-    """Index and answer of each prompt by `model.generate`, in batches of like length, or of equal length unless `may_pad`."""
+    """As `_answers`, by `model.generate`, in batches of like length, or of equal length unless `may_pad`; one answer a prompt."""
     by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     groups = [by_length] if may_pad else [list(group) for _, group in itertools.groupby(by_length, key=lambda index: len(prompts[index]))]
     for group in groups:
@@ -351,11 +497,14 @@ def _generate(
                 attention_mask=seen,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                synced_gpus=False,  # ranks that share weights answer unlike numbers of prompts
                 eos_token_id=sorted(stops),
                 pad_token_id=pad_id,
+                logits_processor=[] if choose is _likeliest else [_Chosen(choose, batch, ids.shape[1])],
             )
             for index, tokens in zip(batch, generated[:, ids.shape[1] :].tolist(), strict=True):
-                yield index, list(itertools.takewhile(lambda token: token not in stops, tokens))
+                end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens) - 1)
+                yield index, tokens[: end + 1]
 
 
 def _pad_left(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

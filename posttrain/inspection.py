@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE = Path(__file__).parent / "inspection.html.j2"
+LOOK = Path(__file__).parent / "report" / "look.css"
+"""What all pages share."""
 ROWS_AT_ONCE = 200
 SCORED_AT_ONCE = 2048
 """Tokens of rows whose loss is computed at once."""
@@ -58,7 +60,7 @@ class Inspected:
     """Its number in the stage's data, from 0."""
     origin: str
     parts: dict[str, list[Token]]
-    """One unnamed part for a conversation; `chosen` and `rejected` for a pair. None where the row cannot be rendered."""
+    """One part for a conversation, named by its label; `chosen` and `rejected` for a pair. None where the row cannot be rendered."""
     fate: str
     """What becomes of it: how much is trained, how much is cut, or why it is left out."""
     loss: float | None = None
@@ -88,24 +90,26 @@ def choose(
 
     `losses` gives the mean loss of each row. Raises `UserError` where there is no row of a number.
     """
+
+    def numbered() -> Iterator[tuple[int, Row]]:
+        return enumerate(encoder.rows(source.rows()))
+
     if rows:
         wanted = set(rows)
-        found = {
-            index: row for index, row in itertools.takewhile(lambda r: r[0] <= max(wanted), enumerate(source.rows())) if index in wanted
-        }
+        found = {index: row for index, row in itertools.takewhile(lambda r: r[0] <= max(wanted), numbered()) if index in wanted}
         if missing := sorted(wanted - found.keys()):
             raise UserError(f"--row {missing[0]}: {source.at} has no row of that number; they are counted from 0")
         return [(index, found[index], None) for index in rows]
     if worst is None:
-        return [(index, row, None) for index, row in itertools.islice(enumerate(source.rows()), num_rows)]
+        return [(index, row, None) for index, row in itertools.islice(numbered(), num_rows)]
     if worst == "length":
         measured: Iterable[float] = itertools.chain.from_iterable(
-            map_chunks(lambda chunk: [_length(encoder, row) for row in chunk], source.rows(), chunk_size=ROWS_AT_ONCE)
+            map_chunks(lambda chunk: [_length(encoder, row) for _, row in chunk], numbered(), chunk_size=ROWS_AT_ONCE)
         )
     else:
-        measured = losses(list(source.rows()))
+        measured = losses([row for _, row in numbered()])
     highest = dict(heapq.nlargest(num_rows, enumerate(measured), key=lambda measure: (measure[1], -measure[0])))
-    by_index = {index: row for index, row in enumerate(source.rows()) if index in highest}
+    by_index = {index: row for index, row in numbered() if index in highest}
     return [(index, by_index[index], value if worst == "loss" else None) for index, value in highest.items()]
 
 
@@ -129,6 +133,8 @@ def inspect(encoder: Encoder, tokenizer: "PreTrainedTokenizerBase", index: int, 
     num_tokens = sum(len(part) for part in parts.values())
     cut = sum(token.is_cut for part in parts.values() for token in part)
     fate = f"{num_tokens} tokens, {len(sample.targets)} trained"
+    if sample.label is not None:
+        fate += f", {'desirable' if sample.label else 'undesirable'}"
     if cut:
         fate += f", {cut} cut off" + (" with a stop token" if sample.is_unstopped else "")
     return Inspected(index, row.origin, parts, fate, loss)
@@ -159,6 +165,8 @@ def losses_of(
         except UserError:
             continue
         encoded = next(iter(sequences.values()))
+        if not any(encoded.trained):
+            continue
         groups.append(conversation_group(encoded.ids[: encoder.max_length], encoded.trained[: encoder.max_length]))
         numbers.append(number)
     if not groups:
@@ -170,7 +178,7 @@ def losses_of(
 
 
 def as_json(inspected: Inspected) -> dict[str, Any]:
-    """The row as the model sees it: `row`, `tokens`, `ids` and `trained`; of a pair one such object each under chosen and rejected."""
+    """The row as the model sees it: `row`, `tokens`, `ids` and `trained`; under what its parts are named, if they are."""
     parts = {name: {"row": inspected.index, **_kept(tokens)} for name, tokens in (inspected.parts or {"": []}).items()}
     return parts[""] if set(parts) == {""} else {"row": inspected.index, **parts}
 
@@ -184,7 +192,8 @@ def show(inspected: Inspected, console: "Console") -> None:
     console.print(f"{visible(inspected.fate)}{loss}", style="bold", highlight=False, soft_wrap=True)
     plain = not console.is_terminal
     if len(inspected.parts) == 1:
-        console.print(_text(inspected.parts[""], plain=plain), soft_wrap=True)
+        (tokens,) = inspected.parts.values()
+        console.print(_text(tokens, plain=plain), soft_wrap=True)
     elif inspected.parts:
         shared = inspected.num_prompt_tokens
         console.print(_folded(next(iter(inspected.parts.values()))[:shared], plain=plain), soft_wrap=True)
@@ -201,13 +210,15 @@ def show(inspected: Inspected, console: "Console") -> None:
 def write_html(inspected: Sequence[Inspected], path: Path, *, title: str, summary: Sequence[str]) -> None:
     """Write the rows as one page that needs nothing else, and in which nothing that data say can run or be fetched."""
     from jinja2 import Environment
+    from markupsafe import Markup
 
     from posttrain import disk
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["visible"] = visible
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    disk.write_text(path, template.render(title=title, summary=summary, rows=inspected))
+    look = Markup(LOOK.read_text(encoding="utf-8"))  # noqa: S704 - it is ours
+    disk.write_text(path, template.render(look=look, title=title, summary=summary, rows=inspected))
 
 
 def visible(text: str) -> str:

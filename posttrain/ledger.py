@@ -12,6 +12,7 @@
                             progress.json    phase, step and speed, for who watches
                             logs/attempt_N/  stdout and stderr of each rank, and what was prepared ahead
     <root>/<run>/.old/<stage>/N/             what a rebuild moved aside
+    <root>/<run>/.jobs/<stage>/              the stage's last job of Slurm (`posttrain/launch/jobs.py`)
     <root>/.prepared/  <root>/.hashes.json   shared by all runs
 
 Every file is replaced as a whole, so a reader at any moment sees a state that once was. Nothing here asks a file system for
@@ -44,6 +45,7 @@ HEARTBEAT_S = 5.0
 LEASE_EXPIRES_S = 60.0
 LEASE = "lease.json"
 PREFLIGHT_FILE = "preflight.json"
+JOBS = ".jobs"
 BUILT = (
     "stage.json",
     "prepared.json",

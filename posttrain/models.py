@@ -31,6 +31,7 @@ from posttrain.artifact import OUTPUT
 from posttrain.chat import ChatContract, adopt, apply_to_generation, check_contract, establish, read_contract
 from posttrain.config import ModelSource
 from posttrain.error import Preempted, UserError
+from posttrain.recipe import LoraRecipe, TrainingConfig
 from posttrain.sandbox import MAX_TEMPLATE_CHARS
 from posttrain.stage import ArtifactKind, Input, StageContext
 
@@ -178,6 +179,19 @@ def check_weights(given: Input, at: str) -> None:
         AutoConfig.from_pretrained(source.model, trust_remote_code=source.trust_remote_code)
 
 
+def weight_files(given: Input, at: str) -> list[Path]:
+    """The safetensors that hold a model's weights, fetched from the Hub where they are not here yet. Raises `UserError`."""
+    source, at = given.model, f"{at}: {given.name}"
+    found = next((path for name in WEIGHTS if (path := _find(source, name))), None)
+    if found is None:
+        raise UserError(f"{at}: {source.model} holds none of {', '.join(WEIGHTS)}, and nothing else is read here; convert its weights")
+    if found.suffix != ".json":
+        return [found]
+    for name in set(_read_settings(found, at).get("weight_map", {}).values()):
+        _find(source, str(name))
+    return _shards(found, at)
+
+
 def _shards(index: Path, at: str) -> list[Path]:
     """The files of weights that an index names, all of which must lie beside it."""
     record = _read_settings(index, at)
@@ -208,13 +222,14 @@ def load_policy(
     at: str,
     *,
     dtype: Any,
-    attn_implementation: str | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """A causal language model that knows every token of its contract, and stops where the contract says.
 
-    `dtype` is a torch type or `auto`, the stored one. Under DeepSpeed ZeRO-3 the weights are sharded while they are read.
+    `dtype` is a torch type or `auto`, the stored one; `options` are further ones of `from_pretrained`. Under DeepSpeed ZeRO-3 the
+    weights are sharded while they are read.
     """
-    model = _load(AutoModelForCausalLM, source, at, dtype=dtype, attn_implementation=attn_implementation)
+    model = _load(AutoModelForCausalLM, source, at, dtype=dtype, **options)
     _add_tokens(model, tokenizer, contract)
     apply_to_generation(contract, tokenizer, model)
     return model
@@ -227,7 +242,7 @@ def load_reward_model(
     at: str,
     *,
     dtype: Any,
-    attn_implementation: str | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """A model with one number for a whole sequence, that knows every token of its contract; a policy gets a new, random head.
 
@@ -239,8 +254,8 @@ def load_reward_model(
         at,
         new=("score.weight",),
         dtype=dtype,
-        attn_implementation=attn_implementation,
         num_labels=1,
+        **options,
     )
     _add_tokens(model, tokenizer, contract)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -272,6 +287,21 @@ def _load(auto_class: Any, source: ModelSource, at: str, *, new: Sequence[str] =
     return model  # type: ignore[no-any-return]
 
 
+def loaded_dtype(config: TrainingConfig) -> torch.dtype:
+    """The type in which a stage that trains holds the weights of its model."""
+    return torch.bfloat16 if config.lora and config.uses_bf16 else torch.float32
+
+
+def quantization(lora: LoraRecipe | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What has `from_pretrained` keep the weights of linear modules in 4 bits, and compute in `dtype`; nothing where none is asked for."""
+    if lora is None or not lora.load_in_4bit:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}  # as in the paper
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **kind)}
+
+
 LOADERS: dict[ArtifactKind, Any] = {"policy": load_policy, "reward_model": load_reward_model}
 AUTO_CLASSES: dict[ArtifactKind, Any] = {"policy": AutoModelForCausalLM, "reward_model": AutoModelForSequenceClassification}
 
@@ -286,13 +316,18 @@ def _add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cont
     """Make room for the contract's new tokens; they start as the mean of the old ones (Hewitt, 2021), without noise."""
     if not _brings_tokens(model, contract):
         return
-    new = _token_ids(tokenizer, contract.added_tokens)
+    new = token_ids(tokenizer, contract.added_tokens)
     if len(tokenizer) > model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for table in _embedding_tables(model):
         with gathered([table.weight], modify=True), torch.no_grad():
             if table.weight.numel():  # under ZeRO-3 the ranks that do not modify hold nothing
-                table.weight[new] = table.weight[: min(new)].mean(dim=0)
+                start_tokens(table.weight, new)
+
+
+def start_tokens(table: torch.Tensor, new: Sequence[int]) -> None:
+    """Set the vectors of new tokens in a table `(vocabulary, H)`, in place, to the mean of those before them."""
+    table[new] = table[: min(new)].mean(dim=0)
 
 
 def _brings_tokens(model: PreTrainedModel, contract: ChatContract) -> bool:
@@ -306,7 +341,17 @@ def _embedding_tables(model: Any) -> list[Any]:
     return list({id(table.weight): table for table in tables if table is not None}.values())
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+def token_tables(source: ModelSource) -> set[str]:
+    """Names of the tensors that hold a vector for each token. Loads no weights."""
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    tables = {id(table.weight) for table in _embedding_tables(model)}
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in tables}
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    """Ids of tokens, in rising order."""
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
     assert isinstance(ids, list), "several tokens give several ids"
     return sorted(ids)
@@ -319,7 +364,7 @@ def train_new_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     """
     if not _brings_tokens(model, contract):
         return
-    new = _token_ids(tokenizer, contract.added_tokens)
+    new = token_ids(tokenizer, contract.added_tokens)
     for table in _embedding_tables(model):
 
         def only_new(gradient: torch.Tensor) -> torch.Tensor:
@@ -411,7 +456,13 @@ def _merge(
     adapter = context.output / ADAPTER
     model.save_pretrained(adapter, state_dict=state, save_embedding_layers=_brings_tokens(model, contract))
     unset_hf_deepspeed_config()  # the merge happens on this rank alone, in whole weights
-    base = LOADERS[kind](given.model, tokenizer, contract, context.at, dtype=torch.float32)
+    quantized = quantization(context.config.lora, loaded_dtype(context.config))
+    # Rounded to 4 bits once more, and back: adapters that made good for the rounding do not fit weights without it.
+    base = LOADERS[kind](
+        given.model, tokenizer, contract, context.at, dtype=loaded_dtype(context.config) if quantized else torch.float32, **quantized
+    )
+    if quantized:
+        base = base.dequantize(torch.float32)
     merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     return merged, gather_state(merged, keep=True)
 
@@ -477,7 +528,7 @@ def _verify_contract(output: Path, tokenizer: PreTrainedTokenizerBase, model: An
     if not model.can_generate():
         return
     stops = model.generation_config.eos_token_id
-    promised = _token_ids(tokenizer, contract.stop_tokens)
+    promised = token_ids(tokenizer, contract.stop_tokens)
     if sorted(stops if isinstance(stops, list) else [stops]) != promised:
         raise RuntimeError(f"{at}: generation stops at token {stops}, but the chat contract says {promised}")
     if model.generation_config.pad_token_id != tokenizer.pad_token_id:
@@ -488,7 +539,8 @@ def _verify_contract(output: Path, tokenizer: PreTrainedTokenizerBase, model: An
 
 def _coarsest(context: StageContext[Any], tensors: dict[str, list[Any]]) -> torch.dtype:
     names = {described[1] for described in tensors.values()}
-    if context.config.uses_bf16:
+    lora = getattr(context.config, "lora", None)
+    if context.config.uses_bf16 or (lora is not None and lora.load_in_4bit):  # some kernels for 4 bits compute in bfloat16 alone
         names.add("bfloat16")
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if str(dtype).removeprefix("torch.") in names), torch.float32)
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 STEPS_LOOKED_AT = 100
+MOST_WEIGHT = 4 / 3
+"""By how much all desirable answers together may outweigh the undesirable ones (Ethayarajh et al., 2024, eq. 8)."""
 
 
 def fatal_faults(limits: PreflightLimits) -> list[Any]:
@@ -38,7 +40,9 @@ def preflight(context: StageContext[Any], tokenizer: Any) -> None:
     prepared = read_prepared(context)
     lengths = prepared.column("length")
     is_cut, is_unstopped = prepared.column("is_cut"), prepared.column("is_unstopped")
-    repeats = _repeats(prepared.column("fingerprint"))
+    labels, fingerprints = prepared.labels, prepared.column("fingerprint")
+    repeats = _repeats(fingerprints if labels is None else np.bitwise_xor(fingerprints, labels))
+    opposites = {} if labels is None else _opposites(fingerprints, labels)
     leaks = _leaks(context, prepared.column("question"))
     trained = prepared.num_trained_by_token()
     padding = _padding(context, prepared)
@@ -49,6 +53,7 @@ def preflight(context: StageContext[Any], tokenizer: Any) -> None:
     counts["unstopped"] = int(is_unstopped.sum())
     counts["asked_otherwise"] = int(prepared.column("is_asked_otherwise").sum())
     counts["duplicates"] = len(repeats)
+    counts["contradictory"] = len(opposites)
     counts["held_out"] = sum(len(rows) for rows in leaks.values())
     whole = dict.fromkeys(("refused", "untrained", "identical", "over_max_length"), num_read)
     shares = {name: count / whole.get(name, num_rows) for name, count in counts.items()}
@@ -74,15 +79,23 @@ def preflight(context: StageContext[Any], tokenizer: Any) -> None:
         "examples": {
             **prepared.examples,
             **({"invalid": prepared.first_invalid} if prepared.first_invalid else {}),
-            **_examples(prepared.samples, is_cut, is_unstopped, repeats, leaks),
+            **_examples(prepared.samples, is_cut, is_unstopped, repeats, opposites, leaks),
         },
     }
+    if labels is not None:
+        found["labels"] = {"desirable": int(labels.sum()), "undesirable": int((~labels).sum()), "num_pairs_split": prepared.num_pairs_split}
     exceeded = [name for name, share in shares.items() if share > getattr(limits, name)]
     found["exceeded"] = exceeded
     found["summary"] = _summary(context, found, trained)
     disk.write_json(context.directory / PREFLIGHT_FILE, found)
     if exceeded:
         raise UserError(_explain(context, found, exceeded[0]))
+    if labels is not None and len(set(labels.tolist())) == 1:
+        has, lacks = ("desirable", "false") if labels[0] else ("undesirable", "true")
+        raise UserError(
+            f"{context.at}: all {num_rows:,} answers of {found['data']} are {has}, and it learns from both kinds; "
+            f"add some with label: {lacks}"
+        )
 
 
 def _repeats(fingerprints: npt.NDArray[np.uint64]) -> dict[int, int]:
@@ -90,6 +103,16 @@ def _repeats(fingerprints: npt.NDArray[np.uint64]) -> dict[int, int]:
     _, first, inverse = np.unique(fingerprints, return_index=True, return_inverse=True)
     earliest = first[inverse]
     return {int(sample): int(earliest[sample]) for sample in np.flatnonzero(earliest != np.arange(len(earliest)))}
+
+
+def _opposites(fingerprints: npt.NDArray[np.uint64], labels: npt.NDArray[np.bool_]) -> dict[int, int]:
+    """Samples that bear one label while the same answer to the same prompt bears the other, to the first such."""
+    first: tuple[dict[int, int], dict[int, int]] = ({}, {})
+    for sample, (fingerprint, label) in enumerate(zip(fingerprints.tolist(), labels.tolist(), strict=True)):
+        first[label].setdefault(fingerprint, sample)
+    both = first[0].keys() & first[1].keys()
+    of_both = np.flatnonzero(np.isin(fingerprints, np.fromiter(both, dtype=np.uint64, count=len(both))))
+    return {int(sample): first[not labels[sample]][int(fingerprints[sample])] for sample in of_both}
 
 
 def _leaks(context: StageContext[Any], questions: npt.NDArray[np.uint64]) -> dict[str, dict[int, str]]:
@@ -147,7 +170,12 @@ def _padding(context: StageContext[Any], prepared: "Prepared") -> float:
 
 
 def _examples(
-    data: Any, is_cut: npt.NDArray[Any], is_unstopped: npt.NDArray[Any], repeats: dict[int, int], leaks: dict[str, dict[int, str]]
+    data: Any,
+    is_cut: npt.NDArray[Any],
+    is_unstopped: npt.NDArray[Any],
+    repeats: dict[int, int],
+    opposites: dict[int, int],
+    leaks: dict[str, dict[int, str]],
 ) -> dict[str, str]:
     """The first row of each kind that is trained on all the same."""
     found = {}
@@ -157,6 +185,9 @@ def _examples(
     if repeats:
         sample, earlier = next(iter(repeats.items()))
         found["duplicates"] = f"{data[sample]['origin']}: is the same as {data[earlier]['origin']}"
+    if opposites:
+        sample, other = next(iter(opposites.items()))
+        found["contradictory"] = f"{data[sample]['origin']} and {data[other]['origin']}"
     for name, rows in leaks.items():
         sample, place = next(iter(rows.items()))
         found["held_out"] = f"{data[sample]['origin']}: asks what {place} of {name} asks"
@@ -165,7 +196,7 @@ def _examples(
 
 
 def _summary(context: StageContext[Any], found: dict[str, Any], trained: npt.NDArray[np.int64]) -> list[str]:
-    """Five lines that say what will be trained on."""
+    """Five lines that say what will be trained on, and one of labels where there are any."""
     config, counts, name = context.config, found["counts"], found["data"]
     invalid = found["num_rows_invalid"]
     quantiles = found["length_quantiles"]
@@ -177,20 +208,47 @@ def _summary(context: StageContext[Any], found: dict[str, Any], trained: npt.NDA
     if len(apart) < len(context.held_out):
         held_out += f"; {name} itself is measured on too"
     share = found["num_trained_tokens"] / found["num_tokens"]
+    trains = f"{found['num_tokens']:,} tokens, {found['num_trained_tokens']:,} of them trained ({share:.0%})"
+    ends = (
+        f"every answer ends with {found['stop_token']}"
+        + (f", but for {counts['unstopped']:,} cut off" if counts["unstopped"] else "")
+        + f"; {int((trained > 0).sum()):,} of {len(trained):,} tokens of the vocabulary trained"
+    )
+    if not found["num_trained_tokens"]:  # only where answers are yet to be sampled
+        trains, ends = f"{found['num_tokens']:,} tokens of prompts", f"answers are sampled, each up to {found['stop_token']}"
     return [
         f"{name}: {found['num_rows']:,} of {found['num_rows_read'] + invalid:,} rows; {'; '.join(found['formats'])}"
         + (f"; {invalid:,} do not fit: {found['examples']['invalid']}" if invalid else ""),
-        f"{name}: {found['num_tokens']:,} tokens, {found['num_trained_tokens']:,} of them trained ({share:.0%}); "
-        f"{found['num_steps']:,} steps of {config.global_batch_size:,} rows",
+        f"{name}: {trains}; {found['num_steps']:,} steps of {config.global_batch_size:,} rows",
         f"{name}: length {quantiles['0']} to {quantiles['1']} tokens, median {quantiles['0.5']}, 95 % up to {quantiles['0.95']}; "
         f"{counts['over_max_length']:,} over max_length {config.max_length}"
         + (f" ({over})" if counts["over_max_length"] else "")
         + f"; {found['shares']['padding']:.0%} padding",
         f"{name}: {what}; {counts['duplicates']:,} duplicates; {held_out}",
-        f"{name}: every answer ends with {found['stop_token']}"
-        + (f", but for {counts['unstopped']:,} cut off" if counts["unstopped"] else "")
-        + f"; {int((trained > 0).sum()):,} of {len(trained):,} tokens of the vocabulary trained",
+        f"{name}: {ends}",
+        *([f"{name}: {_balance(config, counts['contradictory'], **found['labels'])}"] if "labels" in found else []),
     ]
+
+
+def _balance(config: Any, num_contradictory: int, *, desirable: int, undesirable: int, num_pairs_split: int) -> str:
+    """How many answers bear each label, and whether their weights make up for it (Ethayarajh et al., 2024, eq. 8)."""
+    said = f"{desirable:,} desirable answers ({desirable / (desirable + undesirable):.0%}) and {undesirable:,} undesirable ones"
+    if num_pairs_split:
+        said += f", converted from {num_pairs_split:,} pairs to {2 * num_pairs_split:,} rows"
+    if num_contradictory:
+        said += f"; {num_contradictory:,} bear both labels"
+    if not desirable or not undesirable:
+        return said
+    odds, most = undesirable / desirable, MOST_WEIGHT
+    ratio = config.desirable_weight / config.undesirable_weight / odds
+    said += f"; together the desirable ones weigh {ratio:.2f} times as much"
+    if 1 - 1e-9 <= ratio <= most + 1e-9:
+        return said
+    low, high = config.undesirable_weight * odds, config.desirable_weight / odds
+    return (
+        f"{said}, outside of 1 to {most:.2f}: set desirable_weight to {low:.3g} to {low * most:.3g}, "
+        f"or undesirable_weight to {high / most:.3g} to {high:.3g}"
+    )
 
 
 _WORDS = {
@@ -201,6 +259,7 @@ _WORDS = {
     "duplicates": "are the same as an earlier one; take them out, as the step exact_duplicates of curate does",
     "held_out": "ask what evaluation data ask ({names}); take them out, as the step contamination of curate does",
     "identical": "have two answers that are the same; take them out",
+    "contradictory": "bear one label where the same answer bears the other; keep one of each",
     "refused": "cannot be rendered by the chat template; take them out",
     "untrained": "train no token; take them out",
 }

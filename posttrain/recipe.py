@@ -20,6 +20,12 @@ class LoraRecipe(Config):
     """Dropout before the adapters, as a share."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get an adapter: names, or `all-linear`."""
+    use_rslora: bool = False
+    """Divide `lora_alpha` by the square root of `r` instead (Kalajdzievski, 2023)."""
+    use_dora: bool = False
+    """Learn how long the columns of a weight are apart from where they point (DoRA: Liu et al., 2024)."""
+    load_in_4bit: bool = False
+    """Keep the frozen weights in 4-bit NormalFloat (QLoRA: Dettmers et al., 2023); they are published as they were trained with."""
 
 
 class PreflightLimits(Config):
@@ -41,6 +47,8 @@ class PreflightLimits(Config):
     """Rows whose answers the template asks for in another way than it then renders them."""
     duplicates: float = Field(default=0.05, ge=0, le=1)
     """Rows that are the same, token for token, as an earlier one."""
+    contradictory: float = Field(default=0.05, ge=0, le=1)
+    """Answers that are labelled desirable in one row and undesirable in another, to the same prompt."""
     held_out: float = Field(default=0.0, ge=0, le=1)
     """Rows that ask what a row asks which an evaluation of this pipeline measures on; a data set that is wired to both is said."""
     padding: float = Field(default=0.5, ge=0, le=1)

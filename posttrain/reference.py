@@ -1,7 +1,7 @@
-"""Reference log-probabilities: what the input policy gives each answer token of a stage's pairs. Computed once, and an artifact.
+"""Reference log-probabilities: what the input policy gives each answer token of a stage's samples. Computed once, and an artifact.
 
 Kept under the root, keyed by the reference's weights, the prepared data (which hold the mask rule), and the precision; so every
-beta, loss, learning rate and run that starts from the same policy on the same pairs reads the same file. Kept by token, since
+beta, loss, learning rate and run that starts from the same policy on the same samples reads the same file. Kept by token, since
 some losses weigh tokens. Computed by all ranks, chunk by chunk, and a chunk that is there is not computed again.
 """
 
@@ -38,10 +38,10 @@ VERSION = 1
 
 
 class Reference:
-    """Where the log-probabilities lie: for each pair those of its chosen answer, then those of its rejected one."""
+    """Where the log-probabilities lie: for each sample those of its answers in turn, of a pair the chosen, then the rejected one."""
 
     def __init__(self, path: Path, lengths: npt.NDArray[np.int64]) -> None:
-        """`lengths` `(N, 2)` are the tokens of the two answers."""
+        """`lengths` `(N, A)` are the tokens of the A answers of each sample."""
         self.path = path
         self.lengths = lengths
         self.offsets = np.concatenate([[0], lengths.sum(axis=1).cumsum()])
@@ -49,19 +49,18 @@ class Reference:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every pair is there; that they are what was written is seen to where the reference is declared."""
+        """Whether every sample is there; that they are what was written is seen to where the reference is declared."""
         return (self.path / disk.MANIFEST).is_file()
 
     @property
     def _file(self) -> Path:
         return self.path / "log_probs.npy"
 
-    def __getitem__(self, row: int) -> tuple[Floats, Floats]:
-        """Log-probabilities of the tokens of the chosen and of the rejected answer of a pair."""
+    def __getitem__(self, row: int) -> list[Floats]:
+        """Log-probabilities of the tokens of each answer of a sample."""
         if self._values is None:
             self._values = np.load(self._file, mmap_mode="r")
-        both = self._values[self.offsets[row] : self.offsets[row + 1]]
-        return both[: self.lengths[row, 0]], both[self.lengths[row, 0] :]
+        return np.split(self._values[self.offsets[row] : self.offsets[row + 1]], self.lengths[row].cumsum()[:-1])
 
     def chunk_file(self, start: int) -> Path:
         """Where the chunk that begins with that row lies until all are there."""
@@ -86,12 +85,21 @@ class Reference:
             self.chunk_file(start).with_suffix(".json").unlink(missing_ok=True)
 
 
-def declare_reference(context: StageContext[Any], role: str = "policy") -> None:
-    """Decide where the log-probabilities under the policy in `role` lie. Runs in `prepare`, once the data are prepared."""
+def declare_reference(context: StageContext[Any], role: str = "policy", **beside: Any) -> None:
+    """Decide where the log-probabilities under the policy in `role` lie. Runs in `prepare`, once the data are prepared.
+
+    `beside` is what else decides of which answers they are, where those are not just the ones of each sample.
+    """
     hashes = disk.HashCache(context.root / ".hashes.json")
     weights = fingerprint_source(context.input(role).source, f"{context.at}: {context.input(role).name}", hashes)
-    precision = ["bfloat16" if context.config.uses_bf16 else "float32", bool(context.config.uses_bf16 and context.config.lora)]
-    key = disk.hash_json({"version": VERSION, "weights": weights, "data": read_prepared(context).path.name, "precision": precision})
+    lora = context.config.lora
+    precision = [
+        "bfloat16" if context.config.uses_bf16 else "float32",
+        bool(context.config.uses_bf16 and lora),
+        bool(lora and lora.load_in_4bit),
+    ]
+    data = read_prepared(context).path.name
+    key = disk.hash_json({"version": VERSION, "weights": weights, "data": data, "precision": precision, **beside})
     path = context.root / ".reference" / key[:32]
     if (path / disk.MANIFEST).exists():  # else it has not come to its end, and each chunk is looked at by itself
         disk.discard_damaged(path, hashes)
@@ -99,13 +107,14 @@ def declare_reference(context: StageContext[Any], role: str = "policy") -> None:
     disk.write_json(context.directory / FILE, {"path": str(path)})
 
 
-def read_reference(context: StageContext[Any], prepared: Prepared) -> Reference:
-    """The reference that was declared for this stage, whole or not yet."""
-    lengths = np.stack([prepared.num_listed("chosen_ids"), prepared.num_listed("rejected_ids")], axis=1)
+def read_reference(context: StageContext[Any], prepared: Prepared, lengths: npt.NDArray[np.int64] | None = None) -> Reference:
+    """The reference that was declared for this stage, whole or not yet; `lengths` as in `Reference`, by default those of pairs."""
+    if lengths is None:
+        lengths = np.stack([prepared.num_listed("chosen_ids"), prepared.num_listed("rejected_ids")], axis=1)
     return Reference(Path(disk.read_json(context.directory / FILE)["path"]), lengths)
 
 
-def add_reference(batch: dict[str, Any], references: Sequence[tuple[Floats, Floats]], ld_alpha: float | None) -> dict[str, Any]:
+def add_reference(batch: dict[str, Any], references: Sequence[Sequence[Floats]], ld_alpha: float | None) -> dict[str, Any]:
     """A micro-batch of pairs as TRL's losses want it: `completion_mask` in place of labels, and the reference's sums, each `(B,)`.
 
     With `ld_alpha`, tokens beyond the length of the shorter answer count by so much (Liu et al., 2024, arXiv 2409.06411).
@@ -151,9 +160,12 @@ def join_pairs(parts: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[
     return whole, {name: join([output.get(name) for output in outputs]) for name in outputs[0]}
 
 
-def compute_reference(context: StageContext[Any], reference: Reference, trainer: Any) -> None:
+def compute_reference(
+    context: StageContext[Any], reference: Reference, trainer: Any, groups: Callable[[Sequence[int]], list[Group]] | None = None
+) -> None:
     """Compute what is not there, under the trainer's model before it is trained. All ranks call it.
 
+    `groups` are the samples with all their answers, by default as they are trained, and no longer than these.
     Raises `Preempted` where a signal asked for an end; what is done is kept.
     """
     model = bare_model(trainer.model)
@@ -167,7 +179,7 @@ def compute_reference(context: StageContext[Any], reference: Reference, trainer:
         longest = int(trainer.prepared.sizes("padded").longest.max())
         layout = exact_layouts(call, model, trainer.layouts, longest)[0][0]
         tokens = context.config.micro_batch_tokens or most_tokens(model)
-        _compute(context, reference, call, model, trainer.groups, layout=layout, micro_batch_tokens=tokens, pad=trainer.pad)
+        _compute(context, reference, call, model, groups or trainer.groups, layout=layout, micro_batch_tokens=tokens, pad=trainer.pad)
 
 
 def _compute(
@@ -198,9 +210,9 @@ def _compute(
             sizes = measure(groups(filled), layout)
             for micro_batch in deal(filled, sizes, micro_batch_tokens, context.world_size)[context.rank]:
                 if any_rank(bool(signals)):
-                    raise Preempted(f"{context.name} keeps the reference of the pairs up to {start}")
+                    raise Preempted(f"{context.name} keeps the reference of the rows up to {start}")
                 scored = score_batch(call, model, groups(micro_batch), layout, pad=pad)
-                mine |= {row: np.concatenate(both) for row, both in zip(micro_batch, scored, strict=True)}
+                mine |= {row: np.concatenate(answers) for row, answers in zip(micro_batch, scored, strict=True)}
             every = _to_main(mine, context)
             if context.is_main:
                 reference.put_chunk(start, np.concatenate([every[row] for row in rows]))

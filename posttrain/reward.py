@@ -6,18 +6,25 @@ answer never ends with the pad token here.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from scipy import stats
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from posttrain.batch import deal
-from posttrain.forward import score_batch
-from posttrain.layout import Group, Layout, measure
+from posttrain.batch import token_batches
+from posttrain.chat import ChatContract, check_contract, encode, read_contract, render
+from posttrain.curate.threads import each_batch
+from posttrain.data.rows import Message
+from posttrain.error import UserError
+from posttrain.forward import score_all
+from posttrain.layout import Group, Layout
+from posttrain.models import check_files
+from posttrain.stage import Input
 
 Floats = npt.NDArray[np.float64]
 CONFIDENCE = 0.95
@@ -25,6 +32,8 @@ NUM_BINS = 10
 """Bins of equal size that predicted probabilities are compared in with how often they come true."""
 ALIKE = 0.1
 """Answers are of like length if they differ by no more than this share of the longer one."""
+TOKENS_AT_ONCE = 2048
+"""Tokens of one batch of conversations, padding counted."""
 
 
 def reward_group(prompt: Sequence[int], answers: Sequence[Sequence[int]], pad: int) -> Group:
@@ -51,21 +60,9 @@ def score_groups(
     rank: int,
     world_size: int,
 ) -> Floats:
-    """The rewards of groups of two, `(N, 2)`, on every rank, computed by all of them. `call` is the model as it was trained."""
-    training = model.training
-    model.eval()
-    # No rank may be without work: under ZeRO-3 each forward pass is a collective.
-    numbers = list(range(len(groups))) * -(-world_size // len(groups))
-    mine: dict[int, list[float]] = {}
-    for micro_batch in deal(numbers, measure([groups[number] for number in numbers], layout), micro_batch_tokens, world_size)[rank]:
-        found = score_batch(call, model, [groups[number] for number in micro_batch], layout, pad=pad)
-        mine |= {number: [float(branch[0]) for branch in branches] for number, branches in zip(micro_batch, found, strict=True)}
-    model.train(training)
-    every: list[Any] = [mine] * world_size
-    if world_size > 1:
-        dist.all_gather_object(every, mine)
-    merged = {number: both for part in every for number, both in part.items()}
-    return np.array([merged[number] for number in range(len(groups))])
+    """The rewards of N groups of G answers, `(N, G)`, on every rank, computed by all of them; arguments as of `score_all`."""
+    scored = score_all(call, model, groups, layout, pad=pad, micro_batch_tokens=micro_batch_tokens, rank=rank, world_size=world_size)
+    return np.array([[float(branch[0]) for branch in branches] for branches in scored])
 
 
 def rate(rewards: Floats, lengths: npt.NDArray[np.int64], sources: Sequence[str]) -> dict[str, float]:
@@ -104,3 +101,95 @@ def expected_calibration_error(difference: Floats) -> float:
     bins = np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
     gaps = [abs(confidence[bins == number].sum() - is_right[bins == number].sum()) for number in range(NUM_BINS)]
     return float(sum(gaps) / len(difference))
+
+
+# --- rewards of what anyone wrote ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a reward model reads a conversation: as text, by its own tokenizer and template, whoever wrote it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    contract: ChatContract | None
+    """None of a model that no stage published, which is given all that its template renders."""
+
+    def ids(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, origin: str) -> list[int]:
+        """Token ids of a conversation that ends with an answer. Raises `UserError` where the template cannot render it."""
+        if self.contract is None:
+            text = render(self.tokenizer, messages, tools, origin)
+            whole: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            return whole
+        answered = [*messages[:-1], {**messages[-1], "train": True}]
+        encoded = encode(self.tokenizer, answered, tools, self.contract.stop_tokens[0], origin, train_on="last")
+        # What the template puts after the stop token was not there when the model learned to rate.
+        return encoded.ids[: len(encoded.trained) - encoded.trained[::-1].index(True)]
+
+
+def open_reader(given: Input, at: str) -> Reader:
+    """How the reward model in `given` reads; loads no weights. Raises `UserError` where it is none, or cannot render a conversation."""
+    source = given.model
+    check_files(given, at)
+    options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source.model, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source.model, **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        raise _unusable(given, at, error) from error
+    at = f"{at}: {given.name}"
+    if config.num_labels != 1:
+        raise UserError(f"{at}: {source.model} has {config.num_labels} labels, and a reward model has one; name another")
+    if not isinstance(tokenizer.chat_template, str):
+        raise UserError(f"{at}: {source.model} has no chat template; a reward model brings the one it was trained with")
+    contract = read_contract(Path(source.model))
+    if contract is not None:
+        check_contract(contract, tokenizer, at)
+    return Reader(tokenizer, contract)
+
+
+def load_rewards(given: Input, at: str) -> PreTrainedModel:
+    """The reward model itself, with its own score head, on the device that there is. Raises `UserError`."""
+    source = given.model
+    check_files(given, at)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            source.model,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            use_safetensors=None if source.allow_pickle else True,
+            weights_only=True,
+            dtype="auto" if device == "cuda" else torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        raise _unusable(given, at, error) from error
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"{at}: {given.name}: {source.model} has no weights for {missing[0]}; a reward model brings its own score head")
+    rewards: PreTrainedModel = model.to(device).eval()
+    return rewards
+
+
+def _unusable(given: Input, at: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:300]
+    return UserError(f"{at}: {given.name}: {given.model.model} cannot be loaded as a reward model: {reason}")
+
+
+def score_ids(model: PreTrainedModel, conversations: Sequence[Sequence[int]]) -> list[float]:
+    """The reward of each conversation of token ids. A model that knows no pad token reads each by itself."""
+    pad = model.config.get_text_config().pad_token_id
+    rewards = [0.0] * len(conversations)
+
+    def reward(batch: list[int]) -> None:
+        input_ids = torch.full((len(batch), len(conversations[batch[0]])), pad or 0)
+        mask = torch.zeros_like(input_ids)
+        for row, number in enumerate(batch):
+            input_ids[row, : len(conversations[number])] = torch.tensor(conversations[number])
+            mask[row, : len(conversations[number])] = 1
+        logits = model(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device)).logits
+        for number, score in zip(batch, logits[:, 0].float().tolist(), strict=True):
+            rewards[number] = score
+
+    each_batch(reward, token_batches(list(map(len, conversations)), TOKENS_AT_ONCE if pad is not None else 1))
+    return rewards

@@ -27,6 +27,8 @@ class StageConfig(Config):
 
     num_processes: int | None = Field(None, ge=1)
     """Processes of this stage; by default what the launcher says."""
+    launcher: dict[str, Any] = {}
+    """Fields of the pipeline's `launcher` that are others for this stage, such as `{num_nodes: 1}`."""
 
     def check(self, num_processes: int, at: str) -> None:
         """What can be checked only with the number of processes known. Raises `UserError` naming the path under `at`."""
@@ -124,6 +126,8 @@ class Stage(Generic[C]):
     """What turns rows into samples, `(config, tokenizer, chat contract, config path) -> Encoder`; None if it trains on no rows."""
     parts: Callable[[], Mapping[str, type[Config]]] | None = None
     """Config classes that its config lists by name, such as the steps of a curation: what `stages` shows beside its fields."""
+    reference: str | None = None
+    """Role of the policy that training stays near, as it was: frozen, and held beside what is trained."""
     version: int = 1
 
     @cached_property

@@ -5,6 +5,8 @@ Started by the local launcher (forked from the warm parent), or from the rank va
     torchrun --nproc-per-node 2 -m posttrain.worker runs/x/sft
     srun python -m posttrain.worker runs/x/sft
 
+Under these a rank goes through all phases in one process, and sends its output to its own log.
+
 Phases: `prepare` (main rank alone, no process group), `run` (all ranks, one process group), `verify` (main rank alone,
 after the process group ended, in a process of its own under the local launcher): reload what was published apart from the
 live model, compare, and write `artifact.json`. Beside `run`, the local launcher has one more process prepare data ahead.
@@ -12,8 +14,10 @@ live model, compare, and write `artifact.json`. Beside `run`, the local launcher
 
 import contextlib
 import os
+import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -26,12 +30,15 @@ from typing import Any, Literal, NoReturn
 from posttrain import artifact, disk
 from posttrain.error import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError, heed_signals
 from posttrain.ledger import Attempt, check_inputs, open_context, read_attempt
+from posttrain.parallel import num_cores
 from posttrain.provenance import provenance
 from posttrain.stage import Stage, StageContext
 
 Phase = Literal["prepare", "run", "verify"]
 ERROR_FILE = "rank_{rank}.error.json"
 AHEAD_LOG = "ahead.log"
+CORES = "POSTTRAIN_CORES"
+"""Names the environment variable that says how many cores each rank has for itself; without it they share those of the machine."""
 METRICS_FILE = "final_metrics.json"
 WAIT_FOR_PREPARE_S = 24 * 3600
 LOWEST_PRIORITY = 19
@@ -100,18 +107,34 @@ def main(arguments: list[str]) -> int:
         return EXIT_USER
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
         names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
-        os.environ.update({name: os.environ[slurm] for name, slurm in names.items()})
+        os.environ.update({name: os.environ[slurm] for name, slurm in names.items()}, LOCAL_WORLD_SIZE=str(_num_tasks_here()))
+    directory = Path(arguments[0]).resolve()
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    if world_size == 1:  # a lone rank must not look like one of many, as in `worker`
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
     try:
-        attempt, stage, context = open_context(
-            Path(arguments[0]).resolve(),
-            rank=int(os.environ.get("RANK", "0")),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        )
+        attempt, stage, context = open_context(directory, rank=rank, local_rank=local_rank, world_size=world_size)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
-    return _run(attempt, stage, context, ["prepare", "run", "verify"])
+    log = attempt.logs(directory) / f"rank_{rank}.log"
+    if context.is_main:
+        print(f"{attempt.name}: ranks log to {log.parent}", flush=True)
+    with _log_to(log):
+        print(f"rank {rank} of {world_size} on {socket.gethostname()}", flush=True)
+        # What was published in an attempt before needs but to be verified.
+        return _run(attempt, stage, context, ["verify"] if (directory / artifact.OUTPUT).is_dir() else ["prepare", "run", "verify"])
+
+
+def _num_tasks_here() -> int:
+    """How many tasks of the step srun started on this node, of what it says of all nodes: `2(x3),1`."""
+    counts: list[int] = []
+    for count, repeated in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ["SLURM_NTASKS"])):
+        counts += [int(count)] * int(repeated or 1)
+    return counts[int(os.environ.get("SLURM_NODEID", "0"))]
 
 
 def _run(attempt: Attempt, stage: Stage[Any], context: StageContext[Any], phases: list[Phase]) -> int:
@@ -165,7 +188,8 @@ def _train(stage: Stage[Any], context: StageContext[Any]) -> None:
     from posttrain.machine import make_ready
 
     os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
-    make_ready(int(os.environ.get("LOCAL_WORLD_SIZE", context.world_size)))
+    cores = os.environ.get(CORES)
+    make_ready(max(1, num_cores() // int(cores)) if cores else int(os.environ.get("LOCAL_WORLD_SIZE", context.world_size)))
     with _process_group(context):
         metrics = stage.run(context)
     if context.is_main:
@@ -246,4 +270,4 @@ def _end_with_driver() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _end(main(sys.argv[1:]))

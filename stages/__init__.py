@@ -6,5 +6,9 @@ STAGES = {
     "reward": "stages.reward",
     "dpo": "stages.dpo",
     "orpo": "stages.orpo",
+    "kto": "stages.kto",
+    "rlhf": "stages.rlhf",
+    "merge": "stages.merge",
+    "sample": "stages.sample",
     "eval": "stages.eval",
 }

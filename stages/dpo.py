@@ -143,4 +143,5 @@ STAGE = Stage(
     prepare=prepare,
     run=run,
     encoder=encoder,
+    reference="policy",
 )

@@ -389,6 +389,7 @@ def test_an_artifact_file_edited_by_hand_is_damaged(project: Project) -> None:
 
 OTHER_EXECUTION = {
     "num_processes": "2",
+    "launcher": "{num_processes: 2}",
     "micro_batch_tokens": "300",
     "deepspeed": "ds_configs/zero2.json",
     "gradient_checkpointing": "true",
@@ -722,9 +723,15 @@ PLAN_KEYS = ["stage", "kind", "action", "why", "fingerprint", "inputs"]
 
 def test_plan_as_json_has_these_keys(project: Project) -> None:
     rows = project.rows()
-    assert [list(row) for row in rows.values()] == [[*PLAN_KEYS, "disk_bytes"]] * 3
+    assert [list(row) for row in rows.values()] == [[*PLAN_KEYS, "trains", "disk_bytes", "needs"]] * 3
     assert list(rows["sft"]["disk_bytes"]) == ["prepared", "checkpoints", "output", "total", "peak"]
     assert rows["eval"]["inputs"] == {"policies": ["base", "sft", "dpo"], "data": ["chat", "prefs"]}
+
+
+def test_plan_says_what_is_trained_and_what_is_the_reference(project: Project) -> None:
+    assert [row["trains"] for row in project.rows().values()] == ["all of base", "all of sft; reference: sft, frozen", ""]
+    rows = project.rows("stages.dpo.lora={load_in_4bit: true}")
+    assert rows["dpo"]["trains"] == "adapters on sft in 4 bits; reference: sft, frozen"
 
 
 def test_status_as_json_has_these_keys(project: Project) -> None:

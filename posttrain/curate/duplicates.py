@@ -54,7 +54,7 @@ class ExactDuplicates(Step):
 
 
 _COMPARED: dict[type[Row], tuple[str, ...]] = {
-    Conversation: ("messages", "tools", "checks"),
+    Conversation: ("messages", "tools", "checks", "label"),
     Pair: ("prompt", "chosen", "rejected", "tools"),
 }
 

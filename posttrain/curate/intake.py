@@ -8,6 +8,7 @@ from typing import Any
 from posttrain.curate.records import is_answered, is_bare
 from posttrain.curate.step import Candidate
 from posttrain.data.files import Record
+from posttrain.data.formats import holds
 from posttrain.data.source import OpenSource, open_source, read_records
 from posttrain.error import UserError
 from posttrain.progress import Progress
@@ -42,12 +43,12 @@ class Intake:
 
 
 def open_sources(context: StageContext[Any]) -> list[tuple[Input, OpenSource]]:
-    """The opened data inputs, all of conversations or all of pairs. Raises `UserError`."""
+    """The opened data inputs, all of conversations, all of pairs or all of labelled answers. Raises `UserError`."""
     opened = [(given, _open(context, given)) for given in context.inputs["data"]]
-    pairs = [given.name for given, source in opened if source.entries[0].format == "preference"]
-    others = [given.name for given, source in opened if source.entries[0].format != "preference"]
-    if pairs and others:
-        raise UserError(f"{context.at}.inputs.data: {others[0]} holds conversations and {pairs[0]} pairs; curate them in two stages")
+    kinds = sorted({holds(source.entries[0].format): given.name for given, source in reversed(opened)}.items())
+    if len(kinds) > 1:
+        (one, a), (other, b) = kinds[:2]
+        raise UserError(f"{context.at}.inputs.data: {a} holds {one} and {b} {other}; curate them in two stages")
     return opened
 
 

@@ -15,7 +15,7 @@ and all turns before it are its instruction.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -27,8 +27,11 @@ from posttrain.data.rows import Message, Pair, Row
 from posttrain.error import UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from posttrain.curate.scored import Floats
     from posttrain.forward import Scorer
+    from posttrain.reward import Reader
 
 TOKENS_AT_ONCE = 2048
 """Tokens of one batch; logits exist only for the positions of answers."""
@@ -127,11 +130,18 @@ class Reward(Scored):
 
     def run(self, candidates: Sequence[Candidate], bench: Bench) -> Outcome:
         """Score every row, of a pair both answers."""
-        sides = [_sides(candidate.row) for candidate in candidates]
-        both = self.scores(candidates, sides, bench)
+        from posttrain.reward import load_rewards, open_reader
+
+        given, at = bench.context.input("reward"), bench.context.at
+        model = load_rewards(given, at)
+        ids, problems = _read(candidates, open_reader(given, at))
+        both = self.scores(model, ids, bench)
         refused = {}
-        for candidate, conversations, (chosen, rejected) in zip(candidates, sides, both, strict=True):
-            if not conversations:
+        for candidate, conversations, (chosen, rejected) in zip(candidates, ids, both, strict=True):
+            if candidate.index in problems:
+                detail = problems[candidate.index]
+                refused[candidate.index] = Drop(candidate.index, f"{self.name}: refused by the chat template", detail)
+            elif not conversations:
                 refused[candidate.index] = Drop(candidate.index, f"{self.name}: no answer")
             elif math.isnan(chosen):
                 refused[candidate.index] = Drop(candidate.index, f"{self.name}: over {self.max_length} tokens")
@@ -140,15 +150,11 @@ class Reward(Scored):
                 refused[candidate.index] = Drop(candidate.index, f"{self.name}: rejected scores higher", detail)
         return self.choose(candidates, [float(chosen) for chosen, _ in both], refused)
 
-    def scores(self, candidates: Sequence[Candidate], sides: Sequence[list[list[Message]]], bench: Bench) -> "Floats":
+    def scores(self, model: "PreTrainedModel", ids: Sequence[list[list[int]]], bench: Bench) -> "Floats":
         """Score of each conversation, or of a pair with its chosen and its rejected answer, `(N, 2)`; not a number: none."""
         import numpy as np
 
-        model, tokenizer = _load_reward(bench)
-        ids = [
-            [_render_ids(tokenizer, messages, candidate.row) for messages in conversations]
-            for candidate, conversations in zip(candidates, sides, strict=True)
-        ]
+        from posttrain.reward import score_ids
 
         def compute(numbers: Sequence[int]) -> "Floats":
             scores = np.full((len(numbers), 2), np.nan, dtype=np.float32)
@@ -180,27 +186,17 @@ def mean_losses(scorer: "Scorer", answers: Sequence[tuple[list[int], list[int]]]
     return losses
 
 
-def score_ids(model: Any, conversations: Sequence[list[int]]) -> list[float]:
-    """The reward of each conversation of token ids. A model that knows no pad token reads each by itself."""
-    import torch
-
-    from posttrain.batch import token_batches
-
-    pad = model.config.get_text_config().pad_token_id
-    rewards = [0.0] * len(conversations)
-
-    def reward(batch: list[int]) -> None:
-        input_ids = torch.full((len(batch), len(conversations[batch[0]])), pad or 0)
-        mask = torch.zeros_like(input_ids)
-        for row, number in enumerate(batch):
-            input_ids[row, : len(conversations[number])] = torch.tensor(conversations[number])
-            mask[row, : len(conversations[number])] = 1
-        logits = model(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device)).logits
-        for number, score in zip(batch, logits[:, 0].float().tolist(), strict=True):
-            rewards[number] = score
-
-    each_batch(reward, token_batches(list(map(len, conversations)), TOKENS_AT_ONCE if pad is not None else 1))
-    return rewards
+def _read(candidates: Sequence[Candidate], reader: "Reader") -> tuple[list[list[list[int]]], dict[int, str]]:
+    """What the reward model reads of each row, as token ids, and by index why that cannot be rendered."""
+    ids, problems = [], {}
+    for candidate in candidates:
+        row = candidate.row
+        try:
+            ids.append([reader.ids(messages, row.tools, row.origin) for messages in _sides(row)])
+        except UserError as error:
+            ids.append([])
+            problems[candidate.index] = str(error)
+    return ids, problems
 
 
 def _sides(row: Row) -> list[list[Message]]:
@@ -208,41 +204,3 @@ def _sides(row: Row) -> list[list[Message]]:
     if isinstance(row, Pair):
         return [[*row.prompt, *row.chosen], [*row.prompt, *row.rejected]]
     return [messages] if (messages := answered(row)) else []
-
-
-def _render_ids(tokenizer: Any, messages: list[Message], row: Row) -> list[int]:
-    from posttrain.chat import render
-
-    ids: list[int] = tokenizer(render(tokenizer, messages, row.tools, row.origin), add_special_tokens=False, verbose=False).input_ids
-    return ids
-
-
-def _load_reward(bench: Bench) -> tuple[Any, Any]:
-    """The reward model and its tokenizer. Raises `UserError` where it is none, or cannot render a conversation."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    from posttrain.models import check_files
-
-    given = bench.context.input("reward")
-    source, at = given.model, f"{bench.context.at}: {given.name}"
-    check_files(given, bench.context.at)
-    options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
-    weights = {"use_safetensors": None if source.allow_pickle else True, "weights_only": True}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = "auto" if device == "cuda" else torch.float32
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.model, **options)
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            source.model, dtype=dtype, output_loading_info=True, **weights, **options
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        raise UserError(f"{at}: {source.model} cannot be loaded as a reward model: {' '.join(str(error).split())[:300]}") from error
-    model, loading = loaded
-    if missing := sorted(loading["missing_keys"]):
-        raise UserError(f"{at}: {source.model} has no weights for {missing[0]}; a reward model brings its own score head")
-    if model.config.num_labels != 1:
-        raise UserError(f"{at}: {source.model} has {model.config.num_labels} labels, and a reward model has one; name another")
-    if not isinstance(tokenizer.chat_template, str):
-        raise UserError(f"{at}: {source.model} has no chat template; a reward model brings the one it was trained with")
-    return model.to(device).eval(), tokenizer

@@ -15,7 +15,7 @@ from posttrain.data.json_text import names, show
 from posttrain.data.rows import Conversation, Message, Pair, Role, Row, ToolCall
 from posttrain.error import UserError
 
-Format = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "preference", "prompt"]
+Format = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "preference", "unpaired", "prompt"]
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 SHAREGPT_ROLES: dict[str, Role] = {
@@ -26,6 +26,9 @@ SHAREGPT_ROLES: dict[str, Role] = {
     "observation": "tool",
     "tool": "tool",
 }
+
+LABELS = {"true": True, "false": False, "1": True, "0": False}
+"""What a label may be, as text in small letters: CSV has no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ def detect(columns: Collection[str], at: str) -> Format:
     """The one format that the column names fit. Raises `UserError`, beginning with `at`, where none does, or several do.
 
     Of two formats, the one that uses a strict superset of the columns of the other fits better: chosen and rejected beside
-    messages make a preference. `prompt` has no answers, so it is taken only where nothing else fits.
+    messages make a preference, and a label makes them unpaired. `prompt` has no answers, so it is taken only where nothing else fits.
     """
     present = frozenset(columns)
     used = {name: layout.reads & present for name, layout in LAYOUTS.items() if any(need <= present for need in layout.needs)}
@@ -76,6 +79,11 @@ def convert(record: Record, form: Format, origin: str) -> Row:
         return LAYOUTS[form].build(record, origin)
     except UserError as error:
         raise UserError(f"{origin}: {error}") from None
+
+
+def holds(form: Format) -> str:
+    """What the rows of a format are, in words: those of one data set are all of a kind."""
+    return {"preference": "pairs", "unpaired": "labelled answers"}.get(form, "conversations")
 
 
 def check_columns(columns: Mapping[str, str], forms: Collection[Format], at: str) -> None:
@@ -141,6 +149,36 @@ def _from_preference(record: Record, origin: str) -> Pair:
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         _check_answer(answer, name)
     return Pair(prompt, chosen, rejected, _tools(record), origin)
+
+
+def _from_unpaired(record: Record, origin: str) -> Conversation:
+    label = _label(record)
+    at = next((name for name in ("messages", "conversations") if not _absent(record, name) and record.get("completion") is None), None)
+    if at is None:
+        at = "completion"
+        prompt = _text_or_messages(_required(record, "prompt"), "prompt", "user")
+        answer = _text_or_messages(_required(record, at), at, "assistant", opens=False)
+        if len(answer) > 1:
+            raise UserError(f"{at}: holds {len(answer)} messages; let it hold the one answer that has the label, and the prompt all before")
+    else:
+        messages = _messages(record[at], at, sharegpt=at == "conversations")
+        prompt, answer = messages[:-1], messages[-1:]
+        if not prompt:
+            raise UserError(f"{at}: holds one message; add the prompt before the answer")
+    if (last := answer[0]["role"]) != "assistant":
+        raise UserError(f"{at}: ends with a {last} message; it must end with the answer that has the label")
+    context = [_untrained(message) for message in _with_system(record, prompt, at)]
+    return Conversation(context + answer, _tools(record), [], origin, label)
+
+
+def _label(record: Record) -> bool:
+    value = _required(record, "label")
+    label = LABELS.get(str(value).casefold()) if isinstance(value, (bool, int, str)) else None
+    if label is None:
+        raise UserError(
+            f"label: must be true or false, got {show(value)}; where it is no verdict on the answer, set format: to one without"
+        )
+    return label
 
 
 # What the preference format adds.
@@ -253,7 +291,23 @@ def _checks(record: Record) -> list[dict[str, Any]]:
     checks = _objects(record, "checks")
     for index, check in enumerate(checks):
         _text(check.get("kind"), f"checks[{index}].kind")
-    return checks
+    return checks + _instructions(record)
+
+
+def _instructions(record: Record) -> list[dict[str, Any]]:
+    """The checks of a row as IFEval has them: ids of instructions, and at the same place in `kwargs` the fields of each."""
+    if _absent(record, "instruction_id_list"):
+        return []
+    ids = _parsed(record["instruction_id_list"], "instruction_id_list")
+    if not isinstance(ids, list):
+        raise UserError(f"instruction_id_list: must be a list of ids, or one as JSON text, got {show(ids)}")
+    fields = _objects(record, "kwargs")
+    if len(fields) != len(ids):
+        raise UserError(f"kwargs: has {len(fields)} entries for {len(ids)} instructions; give an object for each, if only {{}}")
+    return [
+        {"kind": "instruction", "id": _text(name, f"instruction_id_list[{index}]")} | given
+        for index, (name, given) in enumerate(zip(ids, fields, strict=True))
+    ]
 
 
 def _objects(record: Record, name: str) -> list[dict[str, Any]]:
@@ -436,11 +490,15 @@ def _layout(build: Callable[[Record, str], Row], row: type[Conversation] | type[
     return Layout(sets, frozenset().union(*sets) | frozenset(also.split()), row, build)
 
 
+CHECKS = "checks instruction_id_list kwargs"
+"""Columns that say what an answer must pass."""
+
 LAYOUTS: dict[Format, Layout] = {
-    "messages": _layout(_from_messages, Conversation, ["messages"], "tools checks"),
-    "prompt_completion": _layout(_from_prompt_completion, Conversation, ["prompt completion"], "tools checks"),
-    "alpaca": _layout(_from_alpaca, Conversation, ["instruction output"], "input system history checks"),
-    "sharegpt": _layout(_from_sharegpt, Conversation, ["conversations"], "system tools checks"),
+    "messages": _layout(_from_messages, Conversation, ["messages"], f"tools {CHECKS}"),
+    "prompt_completion": _layout(_from_prompt_completion, Conversation, ["prompt completion"], f"tools {CHECKS}"),
+    "alpaca": _layout(_from_alpaca, Conversation, ["instruction output"], f"input system history {CHECKS}"),
+    "sharegpt": _layout(_from_sharegpt, Conversation, ["conversations"], f"system tools {CHECKS}"),
     "preference": _layout(_from_preference, Pair, ["chosen rejected"], "prompt conversations messages system tools"),
-    "prompt": _layout(_from_prompt, Conversation, ["prompt", "instruction checks"], "input tools checks"),
+    "unpaired": _layout(_from_unpaired, Conversation, ["prompt completion label", "messages label", "conversations label"], "system tools"),
+    "prompt": _layout(_from_prompt, Conversation, ["prompt", "instruction checks"], f"input tools {CHECKS}"),
 }

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 FILE = "prepared.json"
 ROWS_AT_ONCE = 500
 """Rows of a chunk that one worker encodes: small enough to be few in memory, large enough to be worth sending."""
-SAID_BY_ROW = ("row", "origin", "length", "num_trained", "fingerprint", "question", "is_cut", "is_unstopped", "is_asked_otherwise")
+SAID_BY_ROW = ("row", "origin", "length", "num_trained", "fingerprint", "question", "is_cut", "is_unstopped", "is_asked_otherwise", "label")
 """Columns beside the encoder's own: which row it was, and what the preflight looks at."""
 
 
@@ -63,6 +63,8 @@ class Prepared:
     """How each file was read, and whether its columns told or the config."""
     columns: list[str]
     """Columns of token ids, which are what is trained on."""
+    num_pairs_split: int = 0
+    """Pairs that were taken as two answers with labels; each is two of the rows read."""
 
     def load(self) -> "Dataset":
         """The samples, mapped from disk: the encoder's columns."""
@@ -79,6 +81,11 @@ class Prepared:
         """One number of each sample, `(num_rows,)`."""
         return np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in self.samples.data.column(name).chunks])
 
+    @cached_property
+    def labels(self) -> npt.NDArray[np.bool_] | None:
+        """Whether the answer of each sample is desirable, `(num_rows,)`; None where samples have no labels."""
+        return self.column("label").astype(bool) if "completion_ids" in self.columns else None
+
     def num_listed(self, name: str) -> npt.NDArray[np.int64]:
         """How many token ids each sample has in a column of them, `(num_rows,)`."""
         import pyarrow.compute as pc
@@ -88,13 +95,13 @@ class Prepared:
 
     def sizes(self, layout: str) -> Sizes:
         """What each sample costs in a layout (see `posttrain.layout`): a lone sequence, or a pair that shares its prompt."""
-        if "prompt_ids" not in self.columns:
+        if "chosen_ids" not in self.columns:
             longest = computed = self.column("length").astype(np.int64)
         else:
             prompt, chosen, rejected = (self.num_listed(name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
             longest = prompt + np.maximum(chosen, rejected)
             computed = prompt * (1 if layout == "shared" else 2) + chosen + rejected
-        sequences = np.full_like(longest, 1 if "prompt_ids" not in self.columns else 2)
+        sequences = np.full_like(longest, 1 if "chosen_ids" not in self.columns else 2)
         return Sizes(longest, computed, sequences, is_padded=layout == "padded")
 
     def num_trained_by_token(self) -> npt.NDArray[np.int64]:
@@ -229,7 +236,8 @@ def _encode_all(
     aside = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")
     aside.mkdir()
     try:
-        total = _write_rows(aside / "rows.arrow", _encode_chunks(encoder, source.rows(), fatal, num_processes), encoder, progress)
+        chunks = _encode_chunks(encoder, encoder.rows(source.rows()), fatal, num_processes)
+        total = _write_rows(aside / "rows.arrow", chunks, encoder, progress)
         if not total.num_rows:
             raise UserError(f"{context.at}: no row of {given.name} is left to train on; the first: {next(iter(total.examples.values()))}")
         np.save(aside / "trained.npy", total.trained)
@@ -244,6 +252,7 @@ def _encode_all(
             "first_invalid": next(iter(source.invalid.values()), None),
             "formats": describe_formats(source),
             "columns": list(encoder.columns),
+            "num_pairs_split": total.num_read // 2 if encoder.splits_pairs and source.entries[0].format == "preference" else 0,
             "files": disk.describe_files(aside, disk.list_files(aside)),
         }
         disk.write_sealed(aside / disk.MANIFEST, manifest)
@@ -289,6 +298,7 @@ def _encode_chunk(encoder: Encoder, rows: Sequence[tuple[int, Row]], fatal: froz
             "is_cut": sample.is_cut,
             "is_unstopped": sample.is_unstopped,
             "is_asked_otherwise": sample.is_asked_otherwise,
+            "label": sample.label,
         }
         for name, value in said.items():
             columns[name].append(value)

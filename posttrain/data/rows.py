@@ -1,9 +1,10 @@
-"""What every data set becomes: a conversation, or a pair of answers to one prompt. Nothing here reads or checks input.
+"""What every data set becomes: conversations, which may bear labels, or pairs of answers to one prompt. Nothing here checks input.
 
 A row is what `formats` made of one record, so it may be relied upon: every content is text, only an assistant message with
 tool calls has an empty one, a system message stands first or not at all, and both answers of a pair end with the assistant.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -45,6 +46,8 @@ class Conversation:
     """What an answer must pass, each with a `kind`; empty where nothing is checked."""
     origin: str
     """Where the row stands: `path:line`, `path[index]` or `hub-id[index]`."""
+    label: bool | None = None
+    """Whether its answer, the one assistant message without `train: False`, is desirable; None where nobody said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,20 @@ class Pair:
 Row = Conversation | Pair
 
 
+def split_pairs(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows, and in the place of each pair two conversations: with its chosen answer, desirable, and with its rejected one."""
+    for row in rows:
+        if isinstance(row, Conversation):
+            yield row
+            continue
+        for answer, label in ((row.chosen, True), (row.rejected, False)):
+            yield Conversation([*_trained(row.prompt, False), *_trained(answer, True)], row.tools, [], row.origin, label)
+
+
+def _trained(messages: list[Message], train: bool) -> list[Message]:
+    return [{**message, "train": train} if message["role"] == "assistant" else message for message in messages]
+
+
 def prompt_text(row: Row) -> str:
     """The roles and contents of the prompt as one text: the key by which the held-out split keeps rows together.
 
@@ -76,6 +93,13 @@ def question(row: Row) -> str:
     """What is asked, in a form that two rows share if they ask the same: without system prompt, white space and case aside."""
     asked = [message["content"] for message in _prompt(row) if message["role"] in ("user", "tool")]
     return " ".join(" ".join(asked).casefold().split())
+
+
+def asked_messages(row: Row) -> list[Message]:
+    """The messages that an answer is to follow: the prompt of a pair, or a conversation up to the answer that it ends with, if any."""
+    if isinstance(row, Pair):
+        return row.prompt
+    return row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
 
 
 def _prompt(row: Row) -> list[Message]:

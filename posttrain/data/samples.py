@@ -4,15 +4,15 @@ An encoder first makes the whole sequences of a row, which `inspect` shows, and 
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from posttrain import disk
-from posttrain.chat import ChatContract, Encoded, TrainOn, encode
-from posttrain.data.rows import Conversation, Message, Pair, Row
+from posttrain.chat import ChatContract, Encoded, TrainOn, encode, encode_prompt
+from posttrain.data.rows import Conversation, Message, Pair, Row, asked_messages, split_pairs
 from posttrain.error import UserError
 from posttrain.sandbox import OverLimit
 
@@ -51,10 +51,12 @@ class Sample:
     """Whether an answer is cut off before its stop token."""
     is_asked_otherwise: bool
     """Whether an answer begins otherwise than it is asked for."""
+    label: bool | None = None
+    """Whether its answer is desirable, where rows are learned by that."""
 
     @property
     def fingerprint(self) -> int:
-        """64 bits that two samples share if they are the same."""
+        """64 bits that two samples share if they are the same, their labels aside."""
         hashed = hashlib.blake2b(digest_size=8)
         for name, ids in self.columns.items():
             hashed.update(f"{name} {len(ids)} ".encode())
@@ -67,7 +69,7 @@ class Encoder:
     """Makes samples of rows, for one stage and one policy."""
 
     sequences: Callable[[Row], dict[str, Encoded]]
-    """The whole of what a row says: one unnamed sequence for a conversation, `chosen` and `rejected` for a pair."""
+    """The whole of what a row says: one sequence for a conversation, named by its label; `chosen` and `rejected` for a pair."""
     cut: Callable[[Row, dict[str, Encoded]], Sample]
     """The sample made of the sequences of a row. Raises `LeftOut`."""
     columns: tuple[str, ...]
@@ -76,6 +78,12 @@ class Encoder:
     """All that decides what it makes of a row, as plain JSON."""
     max_length: int
     vocabulary_size: int
+    splits_pairs: bool = False
+    """Whether it takes a pair as two rows, each an answer with a label."""
+
+    def rows(self, rows: Iterable[Row]) -> Iterable[Row]:
+        """The rows as it takes them; a sample has its number among these."""
+        return split_pairs(rows) if self.splits_pairs else rows
 
     def encode(self, row: Row) -> Sample:
         """The sample of a row. Raises `LeftOut`, and `UserError` where the whole stage cannot go on."""
@@ -97,6 +105,11 @@ def conversation_encoder(
     def sequences(row: Row) -> dict[str, Encoded]:
         if not isinstance(row, Conversation):
             raise UserError(f"{row.origin}: is a preference pair, and {at} trains on conversations")
+        if row.label is not None:
+            raise UserError(
+                f"{row.origin}: is a labelled answer, and {at} trains on conversations; "
+                "take undesirable answers out, and set format: of the source to one without label"
+            )
         if not any(message["role"] == "assistant" for message in row.messages):
             raise LeftOut("untrained", f"{row.origin}: has no assistant turn, so there is nothing to train; drop the row")
         return {"": _encode(tokenizer, row.messages, row, stop, train_on)}
@@ -127,7 +140,10 @@ def pair_encoder(
     def sequences(row: Row) -> dict[str, Encoded]:
         if not isinstance(row, Pair):
             raise UserError(f"{row.origin}: is a conversation, and {at} learns from preference pairs")
-        return {"chosen": _answered(tokenizer, contract, row, "chosen"), "rejected": _answered(tokenizer, contract, row, "rejected")}
+        return {
+            "chosen": _answered(tokenizer, contract, row, row.prompt, row.chosen, "chosen"),
+            "rejected": _answered(tokenizer, contract, row, row.prompt, row.rejected, "rejected"),
+        }
 
     def cut(row: Row, encoded: dict[str, Encoded]) -> Sample:
         prompt, chosen = _split(encoded["chosen"])
@@ -136,10 +152,8 @@ def pair_encoder(
             raise LeftOut("identical", f"{row.origin}: chosen and rejected are the same answer; drop the row")
         longest = len(prompt) + max(len(chosen), len(rejected))
         is_long = _is_over(longest, max_length, on_overflow, row.origin, at)
-        room = max(max_length - len(prompt), 0)
+        room = _room(prompt, max_length, row.origin, at)
         kept_chosen, kept_rejected = chosen[:room], rejected[:room]
-        if not room:
-            raise LeftOut("over_max_length", f"{row.origin}: the prompt alone has {len(prompt)} tokens, over {at}.max_length: {max_length}")
         if kept_chosen == kept_rejected:
             raise LeftOut(
                 "identical", f"{row.origin}: cut to {at}.max_length: {max_length}, nothing tells chosen and rejected apart; raise it"
@@ -157,24 +171,95 @@ def pair_encoder(
     return _encoder(tokenizer, contract, sequences, cut, columns, {"kind": "pair"}, max_length, on_overflow)
 
 
+def unpaired_encoder(
+    tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, *, max_length: int, on_overflow: OnOverflow, at: str
+) -> Encoder:
+    """An encoder of answers with labels into `prompt_ids` and `completion_ids`, each `(T,)`; a pair is taken as two such answers."""
+
+    def sequences(row: Row) -> dict[str, Encoded]:
+        assert isinstance(row, Conversation), "pairs are split"
+        if row.label is None:
+            raise UserError(
+                f"{row.origin}: is a conversation without a label, and {at} learns from answers with one, true or false; "
+                "add label to the rows, or name its column with columns:"
+            )
+        answers = (index for index, message in enumerate(row.messages) if message["role"] == "assistant" and message.get("train", True))
+        start = next(answers, None)
+        if start is None:
+            raise LeftOut("untrained", f"{row.origin}: its answer is train: false; drop the row, or take that out")
+        answered = _answered(tokenizer, contract, row, row.messages[:start], row.messages[start:], "the answer")
+        return {"desirable" if row.label else "undesirable": answered}
+
+    def cut(row: Row, encoded: dict[str, Encoded]) -> Sample:
+        ((name, whole),) = encoded.items()
+        prompt, answer = _split(whole)
+        is_long = _is_over(len(whole.ids), max_length, on_overflow, row.origin, at)
+        kept = answer[: _room(prompt, max_length, row.origin, at)]
+        columns = {"prompt_ids": prompt, "completion_ids": kept}
+        return Sample(columns, kept, len(prompt) + len(kept), is_long, is_long, whole.asked_otherwise, name == "desirable")
+
+    encoder = _encoder(tokenizer, contract, sequences, cut, ("prompt_ids", "completion_ids"), {"kind": "unpaired"}, max_length, on_overflow)
+    return replace(encoder, splits_pairs=True)
+
+
+def prompt_encoder(
+    tokenizer: "PreTrainedTokenizerBase",
+    contract: ChatContract,
+    *,
+    max_length: int,
+    max_completion_length: int,
+    on_overflow: OnOverflow,
+    at: str,
+) -> Encoder:
+    """An encoder of what is asked into `input_ids` `(T,)`, which leave room for an answer within `max_length`. Nothing of it is trained."""
+
+    def sequences(row: Row) -> dict[str, Encoded]:
+        messages = asked_messages(row)
+        if not any(message["role"] in ("user", "tool") for message in messages):
+            raise LeftOut("refused", f"{row.origin}: asks nothing that could be answered; drop the row")
+        try:
+            ids = encode_prompt(tokenizer, messages, row.tools, row.origin)
+        except OverLimit:
+            raise
+        except UserError as error:
+            raise LeftOut("refused", str(error)) from None
+        return {"": Encoded(ids, [False] * len(ids))}
+
+    def cut(row: Row, encoded: dict[str, Encoded]) -> Sample:
+        (whole,) = encoded.values()
+        if len(whole.ids) + max_completion_length > max_length:
+            message = (
+                f"{row.origin}: the prompt has {len(whole.ids)} tokens, which with {at}.max_completion_length: {max_completion_length} is "
+                f"over {at}.max_length: {max_length}"
+            )
+            if on_overflow == "error":
+                raise UserError(f"{message}; raise it, or set {at}.on_overflow: drop")
+            raise LeftOut("over_max_length", message)
+        return Sample({"input_ids": whole.ids}, [], len(whole.ids), is_cut=False, is_unstopped=False, is_asked_otherwise=False)
+
+    key = {"kind": "prompt", "max_completion_length": max_completion_length}
+    return _encoder(tokenizer, contract, sequences, cut, ("input_ids",), key, max_length, on_overflow)
+
+
 def encode_pair(tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, row: Pair) -> tuple[list[int], list[int], list[int]]:
     """Token ids of the prompt and of the two answers, each answer up to and with its stop token."""
-    prompt, chosen = _split(_answered(tokenizer, contract, row, "chosen"))
-    prompt_of_rejected, rejected = _split(_answered(tokenizer, contract, row, "rejected"))
+    prompt, chosen = _split(_answered(tokenizer, contract, row, row.prompt, row.chosen, "chosen"))
+    prompt_of_rejected, rejected = _split(_answered(tokenizer, contract, row, row.prompt, row.rejected, "rejected"))
     assert prompt == prompt_of_rejected, "a prompt is tokenized before its answer exists"
     return prompt, chosen, rejected
 
 
-def _answered(tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, row: Pair, name: Literal["chosen", "rejected"]) -> Encoded:
-    """The prompt and one of its answers, of which only the answer is trained."""
-    answer = row.chosen if name == "chosen" else row.rejected
+def _answered(
+    tokenizer: "PreTrainedTokenizerBase", contract: ChatContract, row: Row, prompt: list[Message], answer: list[Message], name: str
+) -> Encoded:
+    """A prompt and one answer of a row, of which only the answer is trained; `name` is what the row calls it."""
     if len(answer) != 1:
         raise LeftOut(
             "refused",
             f"{row.origin}: {name} holds {len(answer)} messages, and what stands between answers would be learned with them; "
-            "compare single answers, with all before them in the prompt",
+            "give single answers, with all before them in the prompt",
         )
-    context = [_trained(message, False) if message["role"] == "assistant" else message for message in row.prompt]
+    context = [_trained(message, False) if message["role"] == "assistant" else message for message in prompt]
     encoded = _encode(tokenizer, [*context, _trained(answer[0], True)], row, contract.stop_tokens[0], "last")
     end = len(encoded.trained) - encoded.trained[::-1].index(True)
     # What the template puts after the stop token is nothing that a pair is compared by.
@@ -193,6 +278,13 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], row: 
         raise
     except UserError as error:
         raise LeftOut("refused", str(error)) from None
+
+
+def _room(prompt: list[int], max_length: int, origin: str, at: str) -> int:
+    """Tokens of an answer that fit behind the prompt. Raises `LeftOut` where none does."""
+    if len(prompt) >= max_length:
+        raise LeftOut("over_max_length", f"{origin}: the prompt alone has {len(prompt)} tokens, over {at}.max_length: {max_length}")
+    return max_length - len(prompt)
 
 
 def _trained(message: Message, train: bool) -> Message:

@@ -17,7 +17,7 @@ from fractions import Fraction
 
 from posttrain.config import DataSource, is_hub_id, nearest
 from posttrain.data.files import Record, Records, open_file, open_hub
-from posttrain.data.formats import LAYOUTS, Format, check_columns, convert, detect, rename
+from posttrain.data.formats import LAYOUTS, Format, check_columns, convert, detect, holds, rename
 from posttrain.data.json_text import names, show
 from posttrain.data.rows import Row, prompt_text
 from posttrain.error import UserError
@@ -130,11 +130,10 @@ def open_source(source: DataSource, at: str) -> OpenSource:
     _check_columns(source, at)
     entries = [_open_entry(source, path, at) for path in source.paths]
     check_columns(source.columns, [entry.format for entry in entries], f"{at}: columns")
-    pairs = [entry for entry in entries if entry.format == "preference"]
-    others = [entry for entry in entries if entry.format != "preference"]
-    if pairs and others:
-        a, b = others[0], pairs[0]
-        raise UserError(f"{at}: data: {a.path} holds conversations ({a.format}) and {b.path} pairs (preference); make them two sources")
+    kinds = sorted({holds(entry.format): entry for entry in reversed(entries)}.items(), key=lambda kind: kind[0])
+    if len(kinds) > 1:
+        (one, a), (other, b) = kinds[:2]
+        raise UserError(f"{at}: data: {a.path} holds {one} ({a.format}) and {b.path} {other} ({b.format}); make them two sources")
     return OpenSource(at, source, entries)
 
 

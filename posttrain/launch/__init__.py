@@ -9,8 +9,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from posttrain.config import LauncherConfig
+from posttrain.config import LauncherConfig, LocalLauncher
 from posttrain.launch.local import local_launcher
+from posttrain.launch.slurm import slurm_launcher
 from posttrain.ledger import Attempt
 
 if TYPE_CHECKING:
@@ -20,5 +21,6 @@ Launch = Callable[[Path, Attempt], None]
 
 
 def open_launcher(config: LauncherConfig, console: "Console", deadline: float) -> AbstractContextManager[Launch]:
-    """The launcher of that config, made ready. What it runs stops in order before `deadline`, a time of the monotonic clock."""
-    return {"local": local_launcher}[config.kind](console, deadline)
+    """The launcher of that config, made ready. What it runs on this machine stops in order before `deadline`, a time of the monotonic
+    clock; a job of Slurm has a time limit of its own."""
+    return local_launcher(console, deadline) if isinstance(config, LocalLauncher) else slurm_launcher(config, console)

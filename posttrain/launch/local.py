@@ -30,6 +30,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PRELOAD = ["__main__", "posttrain.warm"]
+LIBRARIES = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Threads look for work so often before they sleep: as long as it takes from one product to the next. By default it is thirty
+    # times as long, and where other work runs on the same cores, each waits for the other's turn to end.
+    "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
+}
+"""The environment in which libraries are imported: a rank says by itself later how many threads it computes with."""
 POLL_S = 0.2
 STOP_WITHIN_S = 8.0
 """How long ranks may take to stop after another rank's end, before they are killed: without it they can save nothing."""
@@ -51,12 +60,7 @@ def local_launcher(console: "Console", deadline: float) -> Iterator[Callable[[Pa
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     # Libraries that start threads at import would have them in the parent, where a fork loses them.
-    with _environment(
-        OPENBLAS_NUM_THREADS="1",
-        OMP_NUM_THREADS="1",
-        TOKENIZERS_PARALLELISM="false",
-        POSTTRAIN_DRIVER=str(os.getpid()),
-    ):
+    with _environment(**LIBRARIES, POSTTRAIN_DRIVER=str(os.getpid())):
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver to hear, and the parent inherits this
         try:
             forkserver.ensure_running()
@@ -70,7 +74,7 @@ def local_launcher(console: "Console", deadline: float) -> Iterator[Callable[[Pa
                 try:
                     _run_phase(directory, attempt, "prepare", 1, watcher, deadline)
                 finally:
-                    _tell_summary(directory, console)
+                    tell_summary(directory, console)
                 _run_phase(
                     directory,
                     attempt,
@@ -87,7 +91,7 @@ def local_launcher(console: "Console", deadline: float) -> Iterator[Callable[[Pa
     yield launch
 
 
-def _tell_summary(directory: Path, console: "Console") -> None:
+def tell_summary(directory: Path, console: "Console") -> None:
     """Print what the stage's preparation found out about its data."""
     for line in (disk.read_json(directory / PREFLIGHT_FILE) or {}).get("summary", []):
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)

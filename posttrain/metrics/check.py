@@ -3,7 +3,7 @@
 A check is a rule with one right outcome; no model judges. The `evaluate` modules beside this file call `score` below, so a
 check means the same wherever it is used. Importing this imports no torch and no evaluate.
 
-Every check sees the answer without its surrounding white space.
+Every check sees the answer without its surrounding white space, but for `instruction`, which may ask for some.
 
 Patterns come with the data, so they are untrusted. The syntax is that of Python's `re`, which has no recursion; the engine is
 `regex`, which can stop after a time limit; and counted repeats are bounded, since `regex` unrolls them while compiling.
@@ -24,6 +24,7 @@ from pydantic import Field, field_validator, model_validator
 
 from posttrain.config import Config, nearest, validate
 from posttrain.error import UserError
+from posttrain.metrics.ifeval import Instruction, follows, read_instruction, refuse_contradictions
 
 MATCH_TIMEOUT_S = 1.0
 MAX_PATTERN_CHARACTERS = 2000
@@ -136,7 +137,7 @@ class LengthLimits(Config):
         }
 
 
-Check = ExactAnswer | FinalNumber | RegexMatch | JsonValidity | LengthLimits
+Check = ExactAnswer | FinalNumber | RegexMatch | JsonValidity | LengthLimits | Instruction
 
 KINDS: dict[str, type[Check]] = {
     "exact_answer": ExactAnswer,
@@ -144,6 +145,7 @@ KINDS: dict[str, type[Check]] = {
     "regex_match": RegexMatch,
     "json_validity": JsonValidity,
     "length_limits": LengthLimits,
+    "instruction": Instruction,
 }
 
 
@@ -151,7 +153,9 @@ def read_checks(checks: Sequence[Mapping[str, Any]], origin: str) -> list[Check]
     """The validated checks of one row. `origin` says where the row stands, such as `heldout.jsonl:12`. Raises `UserError`."""
     if not isinstance(checks, Sequence) or isinstance(checks, str):
         raise UserError(f'{origin}: checks: must be a list of mappings such as {{"kind": "final_number", "answer": 72}}')
-    return [read_check(check, f"{origin}: checks[{index}]") for index, check in enumerate(checks)]
+    read = [read_check(check, f"{origin}: checks[{index}]") for index, check in enumerate(checks)]
+    refuse_contradictions([check for check in read if isinstance(check, Instruction)], origin)
+    return read
 
 
 def read_check(raw: object, at: str) -> Check:
@@ -165,7 +169,7 @@ def read_check(raw: object, at: str) -> Check:
         raise UserError(f"{at}.kind: missing; known: {', '.join(KINDS)}")
     if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"{at}.kind: no check is called {_short(kind)}; {nearest(str(kind), list(KINDS))}")
-    return validate(KINDS[kind], given, at)
+    return read_instruction(given, at) if kind == "instruction" else validate(KINDS[kind], given, at)
 
 
 def as_reference(check: Check) -> str:
@@ -187,6 +191,8 @@ def score(check: Check, answer: str) -> float:
             passed = _is_json(check, text)
         case LengthLimits():
             passed = _is_within(check, text)
+        case Instruction():
+            passed = follows(check, answer)
         case _:
             assert_never(check)
     return float(passed)

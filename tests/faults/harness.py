@@ -17,12 +17,13 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property, partial
 from multiprocessing import forkserver, get_context, resource_tracker, util
 from pathlib import Path
 from typing import Any
 
 from posttrain.artifact import read_artifact
+from posttrain.config import read_pipeline
 from posttrain.disk import hash_file, list_files, read_json
 from tests.conftest import REPOSITORY, make_tiny, write_chat, write_pairs
 
@@ -34,7 +35,6 @@ END_WITHIN_S = 10.0
 """As long as ending may take; a machine that does other work besides is not what is tested."""
 FINISH_WITHIN_S = 400.0
 POLL_S = 0.005
-STAGES = ("curate", "sft", "dpo", "eval")
 
 
 # --- drivers ---------------------------------------------------------------------------------------------------------
@@ -127,10 +127,10 @@ def warm_up() -> None:
     """Start the warm parent of this very process, which warm drivers are forked from. The main thread calls it first."""
     from rich.console import Console
 
-    from posttrain.config import LauncherConfig
+    from posttrain.config import LocalLauncher
     from posttrain.launch import open_launcher
 
-    with open_launcher(LauncherConfig(), Console(), deadline=math.inf):
+    with open_launcher(LocalLauncher(), Console(), deadline=math.inf):
         pass
 
 
@@ -142,9 +142,9 @@ def _drive(arguments: list[str], log: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a warm parent ignores it, and so do those forked from it
     os.chdir(REPOSITORY)
     _have_a_warm_parent_of_its_own()
-    os.setsid()
     import pipeline
 
+    os.setsid()  # from here on it is waited for, and may be ended
     sys.argv = ["pipeline.py", *arguments]
     sys.exit(pipeline.main())
 
@@ -258,11 +258,16 @@ class Chain:
         assert code == 0, err
         return time.monotonic() - began
 
+    @cached_property
+    def stages(self) -> list[str]:
+        """The names of its stages, in order."""
+        return list(read_pipeline(self.file).stages)
+
     # What its files tell of it, while it runs or after.
 
     def active(self) -> str | None:
         """The stage that was begun and is not finished."""
-        begun = [name for name in STAGES if (self.directory / name / "stage.json").exists()]
+        begun = [name for name in self.stages if (self.directory / name / "stage.json").exists()]
         return next((name for name in begun if not (self.directory / name / "artifact.json").exists()), None)
 
     def progress(self, stage: str) -> Mapping[str, Any]:
@@ -278,7 +283,7 @@ class Chain:
         """Stage and phase that it is in, such as `sft/train`."""
         name = self.active()
         if name is None:
-            done = [(self.directory / stage / "artifact.json").exists() for stage in STAGES]
+            done = [(self.directory / stage / "artifact.json").exists() for stage in self.stages]
             return "end" if all(done) else "between stages" if any(done) else "start"
         if (self.directory / name / "output").exists():
             return f"{name}/verify"
@@ -397,6 +402,27 @@ stages:
   eval: {{inputs: {{policies: [base, sft, dpo], data: [chat, prefs, asked]}}, max_new_tokens: 16}}
 """)
     return Chain(file, here / "runs", tuple(overrides))
+
+
+def alignment_chain(here: Path) -> Chain:
+    """Each other way to align, on the tiny model, of a few seconds beyond its start; its root is `here / "runs"`."""
+    chain = small_chain(here)
+    text = chain.file.read_text()
+    step = "learning_rate: 1e-3, global_batch_size: 8, micro_batch_tokens: 128, max_length: 128, max_steps: 12, save_steps: 5"
+    chain.file.write_text(f"""{text[: text.index("stages:")]}stages:
+  orpo: {{inputs: {{policy: base, data: prefs}}, {step}}}
+  kto: {{inputs: {{policy: orpo, data: prefs}}, {step}}}
+  reward: {{inputs: {{policy: base, data: prefs, heldout: prefs}}, {step}}}
+  rlhf: {{inputs: {{policy: kto, data: asked, reward: reward}}, {step}}}
+""")
+    return chain
+
+
+CHAINS: Mapping[str, Callable[[Path], Chain]] = {
+    **{name: partial(small_chain, overrides=overrides) for name, overrides in VARIANTS.items()},
+    "alignment": alignment_chain,
+}
+"""The chains that are killed at random moments."""
 
 
 def write_asked(path: Path, num_rows: int) -> Path:

@@ -111,6 +111,8 @@ def _kill(driver: Driver, chain: Chain, kill: Kill, problems: list[str]) -> str:
     if driver.poll() is None:
         _send(driver, kill.kind)
         expected = CODES[kill.kind]
+        if kill.kind == "SIGTERM" and not (driver.log / "out").stat().st_size:
+            expected = (*expected, -signal.SIGTERM)  # Python had not begun to hear signals, nor anything else
     else:
         where, expected = "over by then", (EXIT_DONE,)
     try:

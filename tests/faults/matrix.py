@@ -21,7 +21,7 @@ from typing import Literal
 from tests.conftest import make_tiny, write_chat, write_pairs
 from tests.faults.harness import Chain, started
 
-Kind = Literal["sft", "dpo"]
+Kind = Literal["sft", "dpo", "reward", "orpo", "kto"]
 Weights = Literal["full", "lora", "lora with dropout"]
 ADAPTERS: dict[Weights, str | None] = {"full": None, "lora": "{r: 4}", "lora with dropout": "{r: 4, lora_dropout: 0.2}"}
 NUM_STEPS = 12
@@ -84,6 +84,11 @@ RESHARDED = [
     )
 ]
 """With another stage of ZeRO, or none."""
+ALIGNED = [
+    Cell(kind, weights, Way(zero, before), Way(zero, after))
+    for kind, zero, weights, (before, after) in product(("reward", "orpo", "kto"), (0, 3), ("full", "lora"), ((2, 2), (2, 1)))
+]
+"""The other stages that train, which share all of this with those above."""
 DRAWING = [Cell(kind, "lora with dropout", Way(zero, 2), Way(zero, 2)) for kind, zero in product(("sft", "dpo"), (0, 2, 3))]
 """With random numbers that each rank has to go on drawing where it was."""
 
@@ -138,7 +143,8 @@ class Matrix:
     def _files(self) -> dict[str, Path]:
         """A pipeline file for each kind."""
         make_tiny(self.here / "tiny")
-        data = {"sft": write_chat(self.here / "chat.jsonl", 32), "dpo": write_pairs(self.here / "pairs.jsonl", 24)}
+        chat, pairs = write_chat(self.here / "chat.jsonl", 32), write_pairs(self.here / "pairs.jsonl", 24)
+        data: dict[Kind, Path] = {"sft": chat, "dpo": pairs, "reward": pairs, "orpo": pairs, "kto": pairs}
         for kind, rows in data.items():
             (self.here / f"{kind}.yaml").write_text(f"""
 run: r
@@ -169,7 +175,7 @@ def main() -> int:
     here = Path(tempfile.mkdtemp(prefix="matrix-"))
     matrix = Matrix(here)
     found = []
-    for cell in [cell for cell in [*CELLS, *RESHARDED, *DRAWING] if all(word in str(cell) for word in given.words)]:
+    for cell in [cell for cell in [*CELLS, *RESHARDED, *ALIGNED, *DRAWING] if all(word in str(cell) for word in given.words)]:
         found.append((cell, matrix.compare(cell)))
         print(show(found)[-1], file=sys.stderr, flush=True)
     right = sum(is_right(cell, compared) for cell, compared in found)

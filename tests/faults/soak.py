@@ -15,14 +15,14 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from tests.faults.harness import VARIANTS, small_chain, warm_up
+from tests.faults.harness import CHAINS, warm_up
 from tests.faults.kills import Report, Whole, draw, run_point, run_whole
 
 
 def soak(here: Path, num_points: int, *, seed: int, jobs: int, warm: bool) -> list[Report]:
     """Run the points, `jobs` of them side by side, and say what became of each on stderr."""
     warm_up()
-    chains = {variant: small_chain(here / variant, overrides) for variant, overrides in VARIANTS.items()}
+    chains = {name: make(here / name) for name, make in CHAINS.items()}
     with ThreadPoolExecutor(jobs) as pool:
         # Side by side too, so that the time which moments are drawn from is that of runs which are not alone.
         whole = dict(zip(chains, pool.map(partial(run_whole, warm=warm), chains.values()), strict=True))
@@ -40,7 +40,7 @@ def soak(here: Path, num_points: int, *, seed: int, jobs: int, warm: bool) -> li
 
 
 def _run(here: Path, number: int, whole: dict[str, Whole], seed: int, warm: bool) -> Report:
-    variant = list(VARIANTS)[number % len(VARIANTS)]
+    variant = list(CHAINS)[number % len(CHAINS)]
     kills = draw(seed, number, whole[variant].seconds)
     return run_point(here / f"point-{number}", number, variant, kills, whole[variant], warm=warm)
 

@@ -27,6 +27,9 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
         Cell("dpo", "full", Way(2, 2), Way(0, 2)),
         Cell("dpo", "lora", Way(1, 1), Way(1, 2)),
         Cell("dpo", "lora with dropout", Way(3, 2), Way(3, 2)),
+        Cell("reward", "lora", Way(3, 2), Way(3, 2)),
+        Cell("orpo", "full", Way(3, 2), Way(3, 1)),
+        Cell("kto", "full", Way(0, 2), Way(0, 1)),
     ],
     ids=str,
 )

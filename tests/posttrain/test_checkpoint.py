@@ -28,6 +28,14 @@ def test_the_newest_whole_one_counts_by_number_and_not_by_name(tmp_path: Path) -
     assert [each.step for each in list_complete(tmp_path)] == [100, 10, 9]
 
 
+def test_one_that_is_marked_again_by_a_later_attempt_stays_whole(tmp_path: Path) -> None:
+    path = write(tmp_path, 0)
+    for _ in range(2):
+        mark_complete(path, 0, 1)
+    assert last_complete(tmp_path) is not None
+    assert not faults(path)
+
+
 def cut_short(path: Path) -> None:
     (path / "rank_00000.safetensors").write_bytes(b"short")
 

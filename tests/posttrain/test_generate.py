@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,7 +27,7 @@ from transformers import (
 
 from posttrain import generate
 from posttrain.chat import ChatContract
-from posttrain.generate import answer_all, decode, stop_ids
+from posttrain.generate import Completion, answer_all, decode, sample_all, stop_ids
 
 MAX_NEW_TOKENS = 16
 
@@ -144,7 +146,7 @@ def test_ended_rows_leave_and_shared_tokens_are_read_once(policy: Policy, monkey
     assert max(rows * width for rows, width in shapes if width > 1) == 90, "the prefix is read by itself"
     steps = [rows for rows, width in shapes if width == 1][1:]  # the first one asks for the size of a token in the cache
     assert steps[0] > steps[-1]
-    assert sum(steps) == sum(min(len(answer), MAX_NEW_TOKENS - 1) for answer in answers.values()), "no step for an answer that ended"
+    assert sum(steps) == sum(len(answer) - 1 for answer in answers.values()), "no step for an answer that ended"
 
 
 def _recorded(forward: Callable[..., Any], shapes: list[tuple[int, int]]) -> Callable[..., Any]:
@@ -252,3 +254,102 @@ def test_other_models_answer_as_they_do_alone(name: str, tiny: Path, capsys: pyt
     assert policy.answer(prompts) == policy.expect(prompts)
     said = [entry for entry in capsys.readouterr().out.splitlines() if entry.startswith("generate:")]
     assert said == ([f"{line}: answers come from plain model.generate, which is slower"] if line else [])
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def sample(policy: Policy, prompts: list[list[int]], seeds: list[tuple[int, ...]] | None = None, **options: Any) -> list[list[Completion]]:
+    settings = {"num_return_sequences": 3, "temperature": 1.0, "max_new_tokens": MAX_NEW_TOKENS, **options}
+    seeds = seeds or [(7, number) for number in range(len(prompts))]
+    return sample_all(policy.model, policy.tokenizer, policy.contract, prompts, seeds=seeds, **settings)
+
+
+def ids_of(completions: list[list[Completion]]) -> list[list[list[int]]]:
+    return [[completion.ids for completion in group] for group in completions]
+
+
+@torch.no_grad()
+def log_probs_of(policy: Policy, prompt: list[int], ids: list[int], temperature: float) -> torch.Tensor:
+    """Log-probabilities of all tokens after the prompt and after each of `ids`, `(len(ids) + 1, V)`."""
+    logits = policy.model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 :]
+    return (logits / temperature).log_softmax(-1)
+
+
+DISTRIBUTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"temperature": 1.0},
+    "cool": {"temperature": 0.6},
+    "top_k": {"temperature": 1.2, "top_k": 12},
+    "top_p": {"temperature": 1.2, "top_p": 0.6},
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_tokens_come_as_often_as_the_model_says(policy: Policy, name: str) -> None:
+    options = DISTRIBUTIONS[name]
+    (prompt,) = policy.draw(9)
+    (found,) = sample(policy, [prompt], num_return_sequences=4000, max_new_tokens=1, **options)
+    probs = log_probs_of(policy, prompt, [], options["temperature"])[0].double().exp().numpy()
+    order = np.argsort(-probs)
+    kept = order[: options.get("top_k", len(order))]
+    before = np.cumsum(probs[kept]) - probs[kept]
+    kept = kept[before < options.get("top_p", 1.0) * probs[kept].sum()]
+    expected = probs[kept] / probs[kept].sum() * 4000
+    counts = np.bincount([completion.ids[0] for completion in found], minlength=len(probs))
+    assert counts[kept].sum() == 4000, "nothing is drawn that was ruled out"
+    often = expected >= 5
+    seen, due = [np.append(values[often], values[~often].sum()) for values in (counts[kept], expected)]
+    there = due > 0
+    assert chisquare(seen[there], due[there] * seen.sum() / due.sum()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("name", ["plain", "a window that slides", "a recurrent state"])
+def test_log_probs_are_those_of_the_whole_sequence(policy: Policy, name: str, tiny: Path) -> None:
+    torch.manual_seed(0)
+    drawer = policy if name == "plain" else with_stops(MODELS[name][0](tiny), tiny)
+    prompts = drawer.draw(4, 19, 30)
+    for prompt, group in zip(prompts, sample(drawer, prompts, temperature=0.8), strict=True):
+        for completion in group:
+            known = log_probs_of(drawer, prompt, completion.ids[:-1], 0.8)
+            expected = known.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(completion.log_probs), expected, atol=1e-4, rtol=1e-4)
+            assert completion.ended == (completion.ids[-1] in stop_ids(drawer.tokenizer, drawer.contract))
+            assert completion.ended or len(completion.ids) == MAX_NEW_TOKENS
+
+
+@pytest.mark.parametrize("name", ["plain", "a window that slides", "a recurrent state"])
+def test_answers_do_not_depend_on_what_else_is_sampled(policy: Policy, name: str, tiny: Path) -> None:
+    torch.manual_seed(0)
+    drawer = policy if name == "plain" else with_stops(MODELS[name][0](tiny), tiny)
+    prompts = drawer.draw(5, 40, 5, 17, 28)
+    together = ids_of(sample(drawer, prompts))
+    seeds = [(7, number) for number in range(5)]
+    assert ids_of(sample(drawer, prompts[::-1], seeds[::-1]))[::-1] == together
+    assert [ids_of(sample(drawer, [prompt], [seed]))[0] for prompt, seed in zip(prompts, seeds, strict=True)] == together
+    assert [group[:2] for group in together] == ids_of(sample(drawer, prompts, num_return_sequences=2))
+    assert len({tuple(ids) for group in together for ids in group}) > 10, "each is a draw of its own"
+    assert ids_of(sample(drawer, prompts, [(8, number) for number in range(5)])) != together
+
+
+@pytest.mark.usefixtures("room_for_few")
+@pytest.mark.parametrize("case", CASES)
+def test_sampled_rows_leave_and_join_as_others_do(policy: Policy, case: str) -> None:
+    prompts = alike(policy.draw)[case]
+    seeds = [(1, number) for number in range(len(prompts))]
+    alone = [ids_of(sample(policy, [prompt], [seed]))[0] for prompt, seed in zip(prompts, seeds, strict=True)]
+    assert ids_of(sample(policy, prompts, seeds)) == alone
+
+
+def test_at_temperature_0_every_answer_is_the_greedy_one(policy: Policy) -> None:
+    prompts = policy.draw(5, 40, 17)
+    stops = stop_ids(policy.tokenizer, policy.contract)
+    for expected, group in zip(policy.expect(prompts), sample(policy, prompts, temperature=0.0), strict=True):
+        said = [decode(policy.tokenizer, [token for token in completion.ids if token not in stops]) for completion in group]
+        assert said == [expected] * 3
+
+
+def test_a_prompt_is_read_once_for_all_its_answers(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, int]] = []
+    monkeypatch.setattr(policy.model, "forward", _recorded(policy.model.forward, shapes))
+    sample(policy, policy.draw(30, 31, 32), num_return_sequences=6)
+    assert sum(rows * width for rows, width in shapes if width > 1) == 3 * 32

@@ -175,7 +175,7 @@ def test_what_is_cut_off_by_a_signal_goes_on_with_the_rows_that_are_missing(
         if max(rows) >= 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Preempted, match="keeps the reference of the pairs up to 5"):
+    with pytest.raises(Preempted, match="keeps the reference of the rows up to 5"):
         compute(context, on_rows=interrupt)
     assert max(asked) == 9
     assert not read_reference(context, read_prepared(context)).is_whole

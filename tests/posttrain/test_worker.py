@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import _record, plan
-from posttrain import ledger
+from posttrain import ledger, worker
 from posttrain.artifact import read_artifact
 from posttrain.config import read_pipeline
 from tests.conftest import REPOSITORY, Ended, read_lines
@@ -41,6 +41,30 @@ def test_torchrun_prepares_trains_and_verifies_within_one_launch(
     assert read_artifact(node.directory) is not None
     losses = [[line["loss"] for line in read_lines(path / "test" / "sft" / "metrics.jsonl")] for path in (tmp_path / "local", root)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_what_was_published_before_needs_but_to_be_verified(posttrain: Callable[..., Ended], pipeline_file: Path, tmp_path: Path) -> None:
+    ended = posttrain("run", pipeline_file, "--root", tmp_path, "--only", "sft")
+    assert ended.code == 0, ended.err
+    stage = tmp_path / "test" / "sft"
+    weights = (stage / "output" / "model.safetensors").stat()
+    (stage / "artifact.json").unlink()
+    command = [sys.executable, "-m", "posttrain.worker", str(stage)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (stage / "logs" / "attempt_1" / "rank_0.log").read_text()[-2000:]
+    assert read_artifact(stage) is not None
+    assert (stage / "output" / "model.safetensors").stat() == weights
+
+
+@pytest.mark.parametrize(
+    ("said", "node", "here"), [("2(x3),1", "2", 2), ("2(x3),1", "3", 1), ("4", "0", 4), ("1,12(x2),8", "2", 12), (None, None, 5)]
+)
+def test_ranks_on_a_node_are_counted_as_slurm_tells_them(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, node: str | None, here: int
+) -> None:
+    for name, value in {"SLURM_STEP_TASKS_PER_NODE": said, "SLURM_NODEID": node, "SLURM_NTASKS": "5"}.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    assert worker._num_tasks_here() == here
 
 
 def test_a_directory_without_a_stage_is_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -63,6 +63,9 @@ PAIRS = st.builds(
     FOLLOWS,
     TOOLS,
 )
+LABELLED = st.builds(
+    lambda s, a, b, t, label: Conversation([*s, a, b], t, [], "x.jsonl:1", label), SYSTEM, ASKING, ASSISTANT, TOOLS, st.booleans()
+)
 ANY = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -78,7 +81,8 @@ def state(row: Row) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("rows", [st.lists(ANSWERED | CHECKED, min_size=1, max_size=3), st.lists(PROMPTS, min_size=1, max_size=3),
-                                  st.lists(PAIRS, min_size=1, max_size=3)], ids=["conversations", "prompts", "pairs"])  # fmt: skip
+                                  st.lists(PAIRS, min_size=1, max_size=3), st.lists(LABELLED, min_size=1, max_size=3)],
+                         ids=["conversations", "prompts", "pairs", "labelled"])  # fmt: skip
 def test_rows_are_read_back_as_they_were(tmp_path: Path, rows: st.SearchStrategy[list[Row]]) -> None:
     @ANY
     @given(rows)
@@ -89,7 +93,7 @@ def test_rows_are_read_back_as_they_were(tmp_path: Path, rows: st.SearchStrategy
 
 
 @ANY
-@given(ANSWERED | PROMPTS | PAIRS)
+@given(ANSWERED | PROMPTS | PAIRS | LABELLED)
 def test_the_state_of_a_row_survives_json(row: Row) -> None:
     assert from_state(json.loads(json.dumps(to_state(row)))) == row
 

@@ -136,6 +136,26 @@ def test_equal_answers_stay_answers():
     assert convert({"chosen": [U, A], "rejected": [U, A]}, "preference", "x:1") == Pair([U], [A], [A], None, "x:1")
 
 
+@pytest.mark.parametrize(
+    "record, messages",
+    [
+        ({"prompt": "q", "completion": "a"}, [U, A]),
+        ({"prompt": [S, U], "completion": [A]}, [S, U, A]),
+        ({"prompt": [U, A, U], "completion": "a"}, [U, {**A, "train": False}, U, A]),
+        ({"prompt": "q", "completion": "a", "messages": [U, said("assistant", "other")]}, [U, A]),
+        ({"messages": [U, A]}, [U, A]),
+        ({"messages": [U, CALLED, T, A]}, [U, {**CALLED, "train": False}, T, A]),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"}, [S, U, A]),
+    ],
+)
+def test_a_label_is_of_the_last_answer_and_all_before_is_context(record, messages):
+    labels = [(True, True), (False, False), (1, True), (0, False), ("True", True), ("false", False), ("1", True), ("0", False)]
+    for value, label in labels:
+        labelled = {**record, "label": value}
+        assert convert(labelled, "unpaired", "x:1") == Conversation(messages, None, [], "x:1", label)
+        assert detect(labelled, "sources.x: format") == "unpaired"
+
+
 def test_a_system_column_opens_the_prompt_of_a_pair():
     assert convert({"system": "s", "prompt": "q", "chosen": "a", "rejected": "b"}, "preference", "x:1").prompt == [S, U]
 
@@ -268,6 +288,15 @@ BAD = [
     ("preference", {"chosen": [U, A], "rejected": "b"}, "rejected: is only an answer, and there is no prompt"),
     ("preference", {"chosen": [U, A], "rejected": [A]}, "chosen: shares no first message with rejected"),
     ("preference", {"chosen": [S, U, A], "rejected": [S, said("user", "other"), A]}, "chosen: the answer begins with a user message"),
+    ("unpaired", {"prompt": "q", "completion": "a"}, "label: is missing or null"),
+    ("unpaired", {"prompt": "q", "completion": "a", "label": 2}, "label: must be true or false, got 2; where it is no verdict"),
+    ("unpaired", {"prompt": "q", "completion": "a", "label": 1.0}, "label: must be true or false, got 1.0"),
+    ("unpaired", {"prompt": "q", "completion": " ", "label": True}, "completion: is empty"),
+    ("unpaired", {"prompt": "q", "label": True}, "completion: is missing or null"),
+    ("unpaired", {"prompt": "q", "completion": [U], "label": True}, "completion: ends with a user message"),
+    ("unpaired", {"prompt": "q", "completion": [CALLED, T, A], "label": True}, "completion: holds 3 messages; let it hold the one answer"),
+    ("unpaired", {"messages": [U, A, U], "label": True}, "messages: ends with a user message; it must end with the answer"),
+    ("unpaired", {"messages": [A], "label": True}, "messages: holds one message; add the prompt before the answer"),
     ("prompt", {"prompt": [U, A]}, "prompt: a prompt to answer must end with a user or tool message, got assistant"),
     ("prompt", {"prompt": ""}, "prompt: is empty"),
     ("prompt", {}, "prompt: is missing or null; the row has "),
@@ -282,7 +311,8 @@ def test_a_bad_record_is_one_line_that_names_place_and_field(form, record, probl
 @pytest.mark.parametrize(
     "columns, form",
     [
-        ("messages label", "messages"),
+        ("messages labels", "messages"),
+        ("prompt completion label messages", "unpaired"),
         ("prompt prompt_id messages", "messages"),
         ("prompt prompt_id chosen rejected messages score_chosen score_rejected", "preference"),
         ("id prompt completion text", "prompt_completion"),
@@ -355,9 +385,12 @@ LIKELY = {
     **dict.fromkeys(["messages", "conversations"], TURNS.map(lambda turns: [*turns, A]) | TURNS),
     **dict.fromkeys(["prompt", "completion", "chosen", "rejected"], st.text(min_size=1, max_size=5) | TURNS.map(lambda turns: [*turns, A])),
     **dict.fromkeys(["instruction", "input", "output", "system"], st.text(min_size=1, max_size=5)),
+    "label": st.booleans(),
     "history": st.lists(st.lists(st.text(min_size=1, max_size=5), min_size=2, max_size=2), max_size=2),
     "tools": st.sampled_from([[TOOL], "[]", None]),
     "checks": st.sampled_from([CHECKS, [], None]),
+    "instruction_id_list": st.sampled_from([["punctuation:no_comma"], [], None]),
+    "kwargs": st.sampled_from([[{}], "[{}]", [], None]),
 }
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from posttrain.chat import ChatContract, encode_prompt, establish
 from posttrain.data.rows import Conversation, Pair
-from posttrain.data.samples import IGNORED, Encoder, LeftOut, conversation_encoder, encode_pair, pair_encoder
+from posttrain.data.samples import IGNORED, Encoder, LeftOut, conversation_encoder, encode_pair, pair_encoder, unpaired_encoder
 from posttrain.error import UserError
 
 AT = "stages.sft"
@@ -165,6 +165,30 @@ def test_answers_of_several_messages_are_refused_since_all_between_them_would_be
     tool = [{"role": "assistant", "content": "a"}, {"role": "tool", "content": "b"}, {"role": "assistant", "content": "c"}]
     row = Pair([{"role": "user", "content": "q"}], [{"role": "assistant", "content": "x"}], tool, None, "d.jsonl:7")
     assert refusal(encoder_of(pair_encoder).encode, row).startswith("d.jsonl:7: rejected holds 3 messages")
+
+
+def test_a_labelled_answer_is_trained_alone_and_cut_as_far_as_there_is_room():
+    tokenizer, contract = contracted()
+    asked = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2", "train": False}, {"role": "user", "content": "3"}]
+    for label in (True, False):
+        row = Conversation([*asked, {"role": "assistant", "content": "four"}], None, [], "d.jsonl:7", label)
+        sample = unpaired_encoder(tokenizer, contract, max_length=1000, on_overflow="error", at=AT).encode(row)
+        prompt = encode_prompt(tokenizer, asked, None, "d.jsonl:7")
+        assert sample.columns["prompt_ids"] == prompt and sample.label is label
+        assert tokenizer.decode(sample.columns["completion_ids"]) == "four<|im_end|>"
+        assert (sample.length, sample.targets) == (len(prompt) + 5, sample.columns["completion_ids"])
+        cut = unpaired_encoder(tokenizer, contract, max_length=len(prompt) + 2, on_overflow="truncate", at=AT).encode(row)
+        assert (tokenizer.decode(cut.columns["completion_ids"]), cut.is_cut, cut.is_unstopped) == ("fo", True, True)
+        assert fault(unpaired_encoder(tokenizer, contract, max_length=len(prompt), on_overflow="truncate", at=AT), row) == "over_max_length"
+
+
+def test_a_pair_is_split_into_two_labelled_answers_of_the_same_tokens():
+    encoder = encoder_of(unpaired_encoder)
+    both = [encoder.encode(row) for row in encoder.rows([pair("good", "no")])]
+    whole = encoder_of(pair_encoder).encode(pair("good", "no")).columns
+    assert [sample.columns["prompt_ids"] for sample in both] == [whole["prompt_ids"]] * 2
+    assert [sample.columns["completion_ids"] for sample in both] == [whole["chosen_ids"], whole["rejected_ids"]]
+    assert [sample.label for sample in both] == [True, False]
 
 
 def test_a_pair_is_as_long_as_its_longer_answer():

@@ -245,6 +245,10 @@ def test_conversations_and_pairs_do_not_mix(tmp_path):
     assert fails([a, b]) == (
         f"sources.x: data: {a} holds conversations (prompt_completion) and {b} pairs (preference); make them two sources"
     )
+    labelled = write(tmp_path / "c.jsonl", [{"prompt": "q", "completion": "a", "label": True}])
+    assert fails([labelled, b]) == (
+        f"sources.x: data: {labelled} holds labelled answers (unpaired) and {b} pairs (preference); make them two sources"
+    )
 
 
 def test_a_source_without_rows_is_refused(tmp_path):
@@ -346,7 +350,7 @@ REAL = [
     ("llamafactory_demo/identity.json", {}, "alpaca", Conversation, 91),
     ("llamafactory_demo/glaive_toolcall_en_demo.json", {}, "sharegpt", Conversation, 300),
     ("llamafactory_demo/dpo_en_demo.json", {}, "preference", Pair, 300),
-    ("llamafactory_demo/kto_en_demo.json", {}, "messages", Conversation, 300),
+    ("llamafactory_demo/kto_en_demo.json", {}, "unpaired", Conversation, 300),
     ("t0_p3_subset/sft.jsonl", {}, "prompt_completion", Conversation, 4798),
     ("gsm8k_train/train.jsonl", GSM8K, "prompt_completion", Conversation, 7473),
 ]

@@ -395,6 +395,7 @@ def test_every_kind_reads_and_its_reference_reads_back_the_same():
             {"kind": "regex_match", "pattern": r"^\d+$"},
             {"kind": "json_validity", "required_keys": ["name"]},
             {"kind": "length_limits", "max_words": 100},
+            {"kind": "instruction", "id": "punctuation:no_comma"},
         ],
         "heldout.jsonl:12",
     )
@@ -421,8 +422,15 @@ def test_no_checks_are_no_checks():
         ({"kind": "regex_match"}, "checks[0].pattern: missing; it is required"),
         ({"kind": "regex_match", "pattern": "a", "ful": True}, "checks[0].ful: unknown key; did you mean 'full'?"),
         ({"kind": "regex"}, "checks[0].kind: no check is called 'regex'; did you mean 'regex_match'?"),
-        ({"kind": 3}, "checks[0].kind: no check is called 3; known: exact_answer, final_number, json_validity, length_limits, regex_match"),
-        ({"answer": "a"}, "checks[0].kind: missing; known: exact_answer, final_number, regex_match, json_validity, length_limits"),
+        (
+            {"kind": 3},
+            "checks[0].kind: no check is called 3; "
+            "known: exact_answer, final_number, instruction, json_validity, length_limits, regex_match",
+        ),
+        (
+            {"answer": "a"},
+            "checks[0].kind: missing; known: exact_answer, final_number, regex_match, json_validity, length_limits, instruction",
+        ),
         ({"kind": "exact_answer", "answer": []}, "checks[0].answer: must be a text, or a list of at least one, got []"),
         ({"kind": "exact_answer", "answer": 5}, "checks[0].answer: must be a text, or a list of at least one, got 5"),
         ({"kind": "exact_answer", "answer": ["a", 5]}, "checks[0].answer: must be a text, or a list of at least one, got ['a', 5]"),
@@ -463,6 +471,7 @@ def test_a_score_is_zero_or_one_for_any_text(kind, text):
         "regex_match": {"pattern": "a+"},
         "json_validity": {},
         "length_limits": {"max_words": 2, "min_sentences": 1},
+        "instruction": {"id": "length_constraints:number_words", "num_words": 2, "relation": "at least"},
     }
     assert score(read_check({"kind": kind, **fields[kind]}, "row"), text) in (0.0, 1.0)
 
