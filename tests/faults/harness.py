@@ -413,7 +413,7 @@ def alignment_chain(here: Path) -> Chain:
   orpo: {{inputs: {{policy: base, data: prefs}}, {step}}}
   kto: {{inputs: {{policy: orpo, data: prefs}}, {step}}}
   reward: {{inputs: {{policy: base, data: prefs, heldout: prefs}}, {step}}}
-  rlhf: {{inputs: {{policy: kto, data: asked, reward: reward}}, {step}}}
+  rlhf: {{inputs: {{policy: kto, data: asked, reward: reward}}, num_generations: 4, max_completion_length: 16, {step}}}
 """)
     return chain
 
