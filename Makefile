@@ -7,7 +7,7 @@ ROOT ?= runs
 export HF_HUB_OFFLINE ?= 1
 export UV_SYSTEM_CERTS ?= 1
 
-.PHONY: setup quickstart quickstart-short test soak check audit pins browser clean
+.PHONY: setup quickstart quickstart-short test soak check docs audit pins browser clean
 
 setup: $(READY)
 
@@ -44,6 +44,10 @@ check: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# The documentation as a site: open build/docs/index.html. Only search wants a server, such as `mkdocs serve`. A broken link ends it.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # Known vulnerabilities of the pinned versions, asked of the Python Packaging Advisory Database; needs the network.
 audit: $(READY)
 	$(BIN)/pip-audit --requirement requirements.txt --no-deps --disable-pip --strict --progress-spinner off
@@ -51,7 +55,7 @@ audit: $(READY)
 # The newest versions that pyproject.toml allows, without addresses, so that no registry is named.
 pins: $(READY)
 	echo '# Exact versions of all that the project is built and tested with, made by `make pins`.' > requirements.txt
-	$(BIN)/uv pip compile --quiet --upgrade --group dev pyproject.toml --no-header --no-annotate --no-emit-index-url --no-emit-find-links >> requirements.txt
+	$(BIN)/uv pip compile --quiet --upgrade --group dev --group docs pyproject.toml --no-header --no-annotate --no-emit-index-url --no-emit-find-links >> requirements.txt
 
 # A Chromium, in which pages are tested as a person would use them; without one these tests are skipped. Debian and its kin, as root.
 browser:

@@ -12,23 +12,29 @@ import json
 import math
 import os
 import re
+import secrets
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from posttrain import artifact, disk, footprint, ledger, planner
+from posttrain import artifact, disk, footprint, ledger, planner, smoke
 from posttrain.checkpoint import last_complete
 from posttrain.config import (
     DataSource,
+    HostsLauncher,
+    KubernetesLauncher,
     LauncherConfig,
+    LocalLauncher,
     ModelSource,
+    Nodes,
     PipelineConfig,
     SlurmLauncher,
     fields_help,
@@ -38,19 +44,34 @@ from posttrain.config import (
     read_pipeline,
     validate,
 )
-from posttrain.error import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, StageFailed, UserError, heed_signals
+from posttrain.error import (
+    EXIT_CRASH,
+    EXIT_DONE,
+    EXIT_GATE,
+    EXIT_PREEMPTED,
+    EXIT_USER,
+    GateFailed,
+    Preempted,
+    StageFailed,
+    UserError,
+    heed_signals,
+)
 from posttrain.recipe import TrainingConfig
+from posttrain.selection import read_selection
 from posttrain.stage import ArtifactKind, Input, Stage, StageConfig, load_stage
+from posttrain.verdict import Verdict, read_verdict
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from posttrain.doctor import Finding
     from posttrain.launch import Launch
     from posttrain.launch.jobs import Fate, Job
-    from posttrain.launch.slurm import Script
+    from posttrain.launch.queue import Order
 
-Action = Literal["run", "resume", "skip", "reuse", "rebuild", "drift", "damaged", "running"]
+Action = Literal["run", "resume", "skip", "reuse", "rebuild", "drift", "damaged", "running", "blocked"]
 WORK: tuple[Action, ...] = ("run", "resume", "rebuild")
+ANEW: tuple[Action, ...] = ("run", "rebuild")
 STARTED = time.monotonic()
 PLAIN_LINE_EVERY_S = 10.0
 NUM_AHEAD = 2
@@ -86,11 +107,20 @@ class Node:
     run: str
     root: Path
     directory: Path
+    judged: Sequence[str] = ()
+    """Policies that nothing builds on where its verdict is that they failed."""
+    gates: Sequence["Node"] = ()
+    """Stages above whose verdict may keep it from starting: they judge a policy that it builds on."""
 
     @property
     def reads(self) -> list["Node | Pinned"]:
         """All inputs, of all roles."""
         return [entry for entries in self.inputs.values() for entry in entries]
+
+    @property
+    def waits_for(self) -> list["Node | Pinned"]:
+        """What has to be finished before it starts."""
+        return [*self.reads, *self.gates]
 
 
 @dataclass(frozen=True)
@@ -131,6 +161,7 @@ def _wire(name: str, raw: dict[str, Any], config: PipelineConfig, known: Mapping
     wires = raw.pop("inputs", {})
     settings = validate(stage.config, raw, at)
     inputs = _read_wires(f"{at}.inputs", wires, stage, config, known)
+    settings.check_inputs(inputs, at)
     launcher = _launcher_of(settings, config.launcher, at)
     num_processes = _num_processes(settings, launcher, at)
     settings.check(num_processes, at)
@@ -142,7 +173,29 @@ def _wire(name: str, raw: dict[str, Any], config: PipelineConfig, known: Mapping
     }
     fingerprint = disk.hash_json(recipe)
     directory = root / config.run / name
-    return Node(name, stage, settings, inputs, launcher, num_processes, identical, fingerprint, config.run, root, directory)
+    judged = stage.judges(settings, _policies_of(inputs), at) if stage.judges else ()
+    judges = [entry for entry in known.values() if isinstance(entry, Node) and entry.judged]
+    built_on = _built_on(inputs) if judges else set()
+    gates = tuple(gate for gate in judges if built_on.intersection(gate.judged))
+    return Node(name, stage, settings, inputs, launcher, num_processes, identical, fingerprint, config.run, root, directory, judged, gates)
+
+
+def _policies_of(inputs: Mapping[str, Sequence[Node | Pinned]]) -> dict[str, list[str]]:
+    """The policies that each report among the inputs is about."""
+    reports = [entry for entries in inputs.values() for entry in entries if isinstance(entry, Node) and entry.stage.output == "report"]
+    return {report.name: [policy.name for policy in report.inputs["policies"]] for report in reports}
+
+
+def _built_on(inputs: Mapping[str, Sequence[Node | Pinned]]) -> set[str]:
+    """The names of all that is read, directly or through other stages."""
+    found: set[str] = set()
+    left = [entry for entries in inputs.values() for entry in entries]
+    while left:
+        entry = left.pop()
+        if entry.name not in found and isinstance(entry, Node):
+            left += entry.reads
+        found.add(entry.name)
+    return found
 
 
 def _launcher_of(settings: StageConfig, launcher: LauncherConfig, at: str) -> LauncherConfig:
@@ -153,8 +206,8 @@ def _launcher_of(settings: StageConfig, launcher: LauncherConfig, at: str) -> La
 
 
 def _num_processes(settings: StageConfig, launcher: LauncherConfig, at: str) -> int:
-    if isinstance(launcher, SlurmLauncher) and settings.num_processes not in (None, launcher.num_processes):
-        ranks = f"{launcher.num_nodes} nodes with {launcher.tasks_per_node} each"
+    if isinstance(launcher, Nodes | HostsLauncher) and settings.num_processes not in (None, launcher.num_processes):
+        ranks = f"{launcher.num_processes // launcher.tasks_per_node} nodes with {launcher.tasks_per_node} each"
         raise UserError(f"{at}.num_processes: {settings.num_processes}, and its launcher says {ranks}; set {at}.launcher instead")
     return settings.num_processes or launcher.num_processes or num_devices()
 
@@ -163,7 +216,10 @@ def _read_wires(
     at: str, wires: object, stage: Stage[Any], config: PipelineConfig, known: Mapping[str, Node | Pinned]
 ) -> dict[str, tuple[Node | Pinned, ...]]:
     if not isinstance(wires, dict):
-        raise UserError(f"{at}: must map each of {', '.join(stage.inputs)} to a source or an earlier stage")
+        needed = ", ".join(role for role, given in stage.inputs.items() if not given.optional)
+        spare = ", ".join(role for role, given in stage.inputs.items() if given.optional)
+        also = f"; {spare} may be left out" if spare else ""
+        raise UserError(f"{at}: must map each of {needed} to a source or an earlier stage{also}")
     for role in wires:
         if role not in stage.inputs:
             raise UserError(f"{at}.{role}: {stage.kind} reads no such input; {nearest(str(role), list(stage.inputs))}")
@@ -269,6 +325,25 @@ def _find_finished(
     return next((build for build in found if build.inputs == wanted and not any(artifact.faults(build, None))), None)
 
 
+def hold_back(node: Node, decision: Decision, verdicts: Mapping[str, Verdict]) -> Decision:
+    """The decision, or none to start what builds on a policy that failed a gate, given the verdicts that there are."""
+    if not node.gates or decision.action not in (*WORK, "reuse"):
+        return decision
+    built_on = _built_on(node.inputs)
+    for gate in node.gates:
+        if gate.name in verdicts and built_on.intersection(verdicts[gate.name].stopped):
+            return Decision("blocked", f"gate {gate.name} failed: {verdicts[gate.name].fault}")
+    return decision
+
+
+def _verdict_of(node: Node, decision: Decision) -> dict[str, Verdict]:
+    """By its name, the verdict of a node that has a finished one."""
+    if node.stage.output != "verdict" or decision.build is None:
+        return {}
+    found = read_verdict(decision.found.output if decision.found else node.directory / artifact.OUTPUT)
+    return {node.name: found} if found else {}
+
+
 def _changed(builds: Mapping[str, Mapping[str, str]], wanted: Mapping[str, Mapping[str, str]]) -> list[str]:
     return [name for name in wanted if builds[name] != wanted[name]]
 
@@ -314,12 +389,14 @@ def _published_fault(directory: Path) -> str | None:
 def decide_all(nodes: Sequence[Node], rebuild: Sequence[str] = ()) -> list[tuple[Node, Decision]]:
     """A decision for each node, each knowing those above it."""
     builds: dict[str, str | None] = {}
+    verdicts: dict[str, Verdict] = {}
     decided = []
     list_finished = functools.cache(ledger.list_finished)  # read once for all nodes
     for node in nodes:
         builds.update({entry.name: entry.fingerprint for entry in node.reads if isinstance(entry, Pinned)})
-        decision = decide(node, builds, rebuild, list_finished)
+        decision = hold_back(node, decide(node, builds, rebuild, list_finished), verdicts)
         builds[node.name] = decision.build
+        verdicts |= _verdict_of(node, decision)
         decided.append((node, decision))
     return decided
 
@@ -351,8 +428,12 @@ def execute(
     launcher: LauncherConfig,
     console: "Console",
     deadline: float = math.inf,
+    tried: Sequence[Node] = (),
 ) -> None:
-    """Do what `decide` says for each selected node, in order, until `deadline` is near. The only function with side effects."""
+    """Do what `decide` says for each selected node, in order, until `deadline` is near. The only function with side effects.
+
+    Those that are to be `tried`, chosen or not, are tried as soon as they can be.
+    """
     from posttrain.launch import open_launcher
 
     decisions = _decide_chosen(nodes, selected, rebuild)
@@ -361,33 +442,59 @@ def execute(
         if any(decisions[node.name].action in WORK for node in selected):
             launch = stack.enter_context(open_launcher(launcher, console, deadline))
         builds: dict[str, str | None] = {name: decision.build for name, decision in decisions.items()}
+        verdicts = _verdicts_beside(nodes, selected, decisions)
         for index, node in enumerate(selected):
             builds.update({entry.name: entry.fingerprint for entry in node.reads if isinstance(entry, Pinned)})
-            decision = _distrust(node, decide(node, builds, rebuild), builds, console)
+            decision = hold_back(node, _distrust(node, decide(node, builds, rebuild), builds, console), verdicts)
             _refuse(node, decision)
             console.print(f"{node.name}  {decision.action}: {decision.why}", highlight=False, soft_wrap=True)
             if decision.action in WORK:
                 if launch is None:  # what was to be reused is gone since
                     launch = stack.enter_context(open_launcher(launcher, console, deadline))
+                past = {before.name for before in selected[:index]}
+                _try([each for each in tried if each.name not in past and decisions[each.name].action in ANEW], launch, console)
                 to_do = [later for later in selected[index + 1 :] if decisions[later.name].action in WORK]
                 _build(node, decision.action, launch, measured_on(nodes), to_do)
             elif decision.found:
                 _reuse(node, decision.found)
             done = artifact.read_artifact(node.directory)
-            builds[node.name] = done.id if done else None
+            builds[node.name] = done.id if done and decision.action != "blocked" else None
+            for name, verdict in _verdict_of(node, Decision("skip", "", builds[node.name])).items():
+                verdicts[name] = verdict
+                console.print(f"  {verdict.words}", highlight=False, soft_wrap=True)
+
+
+def _verdicts_beside(nodes: Sequence[Node], selected: Sequence[Node], decisions: Mapping[str, Decision]) -> dict[str, Verdict]:
+    """The verdicts of the stages that are not chosen."""
+    chosen = {node.name for node in selected}
+    return {name: found for node in nodes if node.name not in chosen for name, found in _verdict_of(node, decisions[node.name]).items()}
+
+
+def gate_failure(nodes: Sequence[Node], selected: Sequence[Node]) -> GateFailed | None:
+    """What the chosen stages end with where one of them is a gate that failed, or is blocked by one."""
+    decided = decide_all(nodes)
+    found = [(node, verdict) for node, decision in decided for verdict in _verdict_of(node, decision).values() if verdict.stopped]
+    blocked = [node for node, decision in decided if node in selected and decision.action == "blocked"]
+    for gate, verdict in found:
+        kept = [node.name for node in blocked if gate in node.gates]
+        if gate in selected or kept:
+            follows = f"; {', '.join(kept)} did not start" if kept else ""
+            return GateFailed(f"stages.{gate.name}: {verdict.fault}{follows}")
+    return None
 
 
 def _decide_chosen(
     nodes: Sequence[Node], selected: Sequence[Node], rebuild: Sequence[str], coming: Collection[str] = ()
 ) -> dict[str, Decision]:
-    """All decisions, by stage. Raises `UserError` where a chosen one cannot be built, or what it reads is neither there nor coming."""
+    """All decisions, by stage. Raises `UserError` where a chosen one cannot be built, or what it waits for is neither there nor coming."""
     decisions = {node.name: decision for node, decision in decide_all(nodes, rebuild)}
     for node in nodes:
+        action, why = decisions[node.name].action, decisions[node.name].why
         if node in selected:
             _refuse(node, decisions[node.name])
-        elif decisions[node.name].action != "skip" and node.name not in coming and any(node in later.reads for later in selected):
-            action, why = decisions[node.name].action, decisions[node.name].why
-            raise UserError(f"stages.{node.name}: a chosen stage reads it, and it is not ready ({action}: {why}); choose it too")
+        elif action not in ("skip", "blocked") and node.name not in coming and any(node in later.waits_for for later in selected):
+            reads = "reads it" if any(node in later.reads for later in selected) else "goes by its verdict"
+            raise UserError(f"stages.{node.name}: a chosen stage {reads}, and it is not ready ({action}: {why}); choose it too")
     return decisions
 
 
@@ -399,7 +506,8 @@ def submit(
     console: "Console",
     is_dry: bool = False,
 ) -> list["Job"]:
-    """Give Slurm a job for each selected node that is not finished, after the jobs of those that it reads; or, dry, print the scripts.
+    """Give a cluster a job for each selected node that is not finished, after the jobs of those that it waits for; or, dry, print what it
+    would be given.
 
     Every job decides again when it starts. All are taken back where one is refused.
     """
@@ -415,23 +523,25 @@ def submit(
             raise UserError(f"{run}: {', '.join(busy)}, which waits or runs; `status` tells how it is, `cancel` ends it")
         decisions = _decide_chosen(nodes, selected, rebuild, going)
         builds: dict[str, str | None] = {name: decision.build for name, decision in decisions.items()}
+        verdicts = _verdicts_beside(nodes, selected, decisions)
         numbers = {name: job.number for name, job in going.items()}
         plain = pipeline.model_dump(mode="json", exclude_unset=True)
         try:
             for node in selected:
                 builds.update({entry.name: entry.fingerprint for entry in node.reads if isinstance(entry, Pinned)})
                 decision = decide(node, builds, rebuild)
-                decision = decision if is_dry else _distrust(node, decision, builds, console)
+                decision = hold_back(node, decision if is_dry else _distrust(node, decision, builds, console), verdicts)
                 _refuse(node, decision)
+                verdicts |= _verdict_of(node, decision)
                 console.print(f"{node.name}  {decision.action}: {decision.why}", highlight=False, soft_wrap=True)
                 if decision.action in WORK:
-                    after = {entry.name: numbers[entry.name] for entry in node.reads if entry.name in numbers}
-                    script = _script(node, run, list(after.values()), is_rebuild=node.name in rebuild)
+                    after = {entry.name: numbers[entry.name] for entry in node.waits_for if entry.name in numbers}
+                    order = _order(node, run, after, is_rebuild=node.name in rebuild, is_dry=is_dry)
                     if is_dry:
-                        click.echo(script.text())
-                        numbers[node.name] = f"JOB-OF-{node.name}"
+                        click.echo(order.text())
+                        numbers[node.name] = order.placeholder
                     else:
-                        submitted.append(jobs.submit(run, script, after, plain))
+                        submitted.append(jobs.submit(run, node.launcher.kind, order, after, plain))
                         numbers[node.name] = submitted[-1].number
                         waits = f", after {', '.join(f'{number} ({name})' for name, number in after.items())}" if after else ""
                         console.print(f"  job {numbers[node.name]}{waits}", highlight=False, soft_wrap=True)
@@ -448,24 +558,33 @@ def submit(
     return submitted
 
 
-def _script(node: Node, run: Path, after: Sequence[str], *, is_rebuild: bool) -> "Script":
+def _order(node: Node, run: Path, after: Mapping[str, str], *, is_rebuild: bool, is_dry: bool) -> "Order":
     from posttrain.launch import jobs
+    from posttrain.launch.kubernetes import Manifest, job_name
     from posttrain.launch.slurm import Script
 
-    assert isinstance(node.launcher, SlurmLauncher), "the commands see to that"
-    driver = [sys.executable, str(Path(__file__).resolve()), "step", str(jobs.snapshot(run, node.name))]
-    driver += ["--stage", node.name, "--root", str(node.root.absolute())]
+    root = node.root.absolute()
+    driver = ["step", str(jobs.snapshot(run, node.name)), "--stage", node.name, "--root", str(root)]
     if is_rebuild:
         attempt = ledger.read_attempt(node.directory)
         driver += ["--replaces", attempt.token if attempt else ""]
+    if isinstance(node.launcher, KubernetesLauncher):
+        if not any(root.is_relative_to(directory) for directory in node.launcher.volumes):
+            seen = ", ".join(node.launcher.volumes)
+            raise UserError(f"stages.{node.name}.launcher.volumes: pods see {seen}, and --root {root} lies in none of them")
+        token = "dryrun" if is_dry else secrets.token_hex(3)
+        name = job_name(node.run, node.name, token)
+        # The image has an interpreter, and this project, of its own.
+        return Manifest(node.run, node.name, node.launcher, name, Path.cwd(), ["-m", "pipeline", *driver], after)
+    assert isinstance(node.launcher, SlurmLauncher), "the commands see to that"
     return Script(
         run=node.run,
         stage=node.name,
         launcher=node.launcher,
-        log=run / node.name / "logs" / "job_%j.log",
+        output=run / node.name / "logs" / "job_%j.log",
         directory=Path.cwd(),
-        command=driver,
-        after=after,
+        command=[sys.executable, str(Path(__file__).resolve()), *driver],
+        after=list(after.values()),
     )
 
 
@@ -483,7 +602,8 @@ def _execute_by_jobs(
         if job is not None:
             console.print(f"{node.name}  running: job {job.number}, submitted {job.submitted}", highlight=False, soft_wrap=True)
         for each in [job] if job else submit(nodes, [node], [name for name in rebuild if name == node.name], pipeline, console):
-            jobs.follow(run, each, console)
+            with suppress(GateFailed):  # what does not build on it goes on
+                jobs.follow(run, each, console)
 
 
 def _refuse(node: Node, decision: Decision) -> None:
@@ -584,7 +704,7 @@ def _foresee(to_do: Sequence[Node]) -> list[dict[str, Any]]:
     return found
 
 
-def _start(node: Node, held_out: Sequence[Pinned] = (), ahead: Sequence[dict[str, Any]] = ()) -> ledger.Attempt:
+def _start(node: Node, held_out: Sequence[Pinned] = (), ahead: Sequence[dict[str, Any]] = (), *, is_smoke: bool = False) -> ledger.Attempt:
     return ledger.start_attempt(
         node.directory,
         stage=node.stage,
@@ -598,6 +718,7 @@ def _start(node: Node, held_out: Sequence[Pinned] = (), ahead: Sequence[dict[str
         held_out=[_record(entry) for entry in held_out],
         ahead=ahead,
         num_processes=node.num_processes,
+        is_smoke=is_smoke,
     )
 
 
@@ -617,6 +738,146 @@ def _record(entry: Node | Pinned) -> dict[str, Any]:
     return {"name": given.name, "kind": given.kind, "fingerprint": given.fingerprint, "id": build, "source": source}
 
 
+# --- smoke -----------------------------------------------------------------------------------------------------------
+
+
+def to_be_tried(nodes: Sequence[Node], choice: bool | list[str] | None) -> list[Node]:
+    """Those of the nodes that are tried for two steps before they are built, as the pipeline file or the user chose."""
+    able = [node for node in nodes if isinstance(node.config, TrainingConfig)]
+    if isinstance(choice, list):
+        return [node for node in able if node.name in choice]
+    return [node for node in able if (_pays_to_try(node) if choice is None else choice)]
+
+
+def _pays_to_try(node: Node) -> bool:
+    """Whether what cannot work would be known late, or at the cost of many."""
+    assert isinstance(node.config, TrainingConfig), "others take no steps"
+    is_long = node.config.max_steps is None or node.config.max_steps >= smoke.WORTH_STEPS
+    return is_long and (not isinstance(node.launcher, LocalLauncher) or min(node.num_processes, num_devices()) > 1)
+
+
+def _smoke_key(node: Node) -> str:
+    assert isinstance(node.config, TrainingConfig), "others are not tried"
+    return smoke.key_of(node.fingerprint, node.config, node.launcher, node.num_processes)
+
+
+def _chosen_to_be_tried(nodes: Sequence[Node], selected: Sequence[Node], pipeline: PipelineConfig, is_tried: bool | None) -> list[Node]:
+    """Those of the chosen nodes that are to be tried. Raises `UserError` where a stage is named of which nothing can be."""
+    able = [node.name for node in to_be_tried(nodes, True)]
+    for name in pipeline.smoke if isinstance(pipeline.smoke, list) else []:
+        if name not in able:
+            raise UserError(f"smoke: {name!r} trains nothing, so there are no steps to try; {nearest(name, able)}")
+    return to_be_tried(selected, pipeline.smoke if is_tried is None else is_tried)
+
+
+def _trying(pipeline: PipelineConfig, tried: Sequence[Node]) -> PipelineConfig:
+    """The pipeline whose jobs try these stages, each job those of them that its nodes are fit for."""
+    return pipeline.model_copy(update={"smoke": [node.name for node in tried]})
+
+
+def _is_alike(node: Node, other: Node) -> bool:
+    """Whether a stage can be tried in the job of another: on as many nodes, with as many ranks and GPUs each."""
+    shape = {"num_nodes", "gpus_per_node", "processes_per_node", "cpus_per_process"}
+    return node.launcher.model_dump(include=shape) == other.launcher.model_dump(include=shape)
+
+
+def _try(nodes: Sequence[Node], launch: "Launch", console: "Console", *, is_again: bool = False) -> dict[str, smoke.Found]:
+    """Try those of the nodes, in order, that did not pass yet, as far as what they read is there; what was found, by stage.
+
+    Raises as a launcher does where one fails.
+    """
+    found = {node.name: known for node in nodes if (known := smoke.find(node.directory, node.root, _smoke_key(node))) and known.passed}
+    left = {node.name for node in nodes if (is_again or node.name not in found) and _has_rows(node)}
+    if not left:
+        return found
+    # Another policy of the same architecture does in place of one; in place of a reward model none does.
+    judges = [entry for node in nodes if node.name in left for entry in node.inputs.get("reward", ()) if isinstance(entry, Node)]
+    left |= {judge.name for judge in judges if artifact.read_artifact(judge.directory) is None}
+    tried: dict[str, Node] = {}
+    with smoke.workplace(nodes[0].root / nodes[0].run, console) as place:
+        for node in (node for node in nodes if node.name in left):
+            trial = _as_trial(node, tried, place)
+            if trial is None:
+                continue
+            (policy,) = trial.inputs["policy"]
+            console.print(f"{node.name}  smoke: {smoke.NUM_STEPS} steps from {policy.name}", highlight=False, soft_wrap=True)
+            assert isinstance(trial.config, TrainingConfig), "others are not tried"
+            begin = functools.partial(_start, trial, is_smoke=True)
+            given = smoke.Trial(node.name, _smoke_key(node), trial.config, node.num_processes, trial.directory, begin)
+            found[node.name] = passed = smoke.try_out(given, launch, node.directory)
+            console.print(f"  passed in {passed.seconds:.0f} s: {passed.said}", highlight=False, soft_wrap=True)
+            tried[node.name] = trial
+    return found
+
+
+def _has_rows(node: Node) -> bool:
+    """Whether the data that it trains on are there."""
+    read = [entry for role, entries in node.inputs.items() if not _is_measured_on(node, role) for entry in entries]
+    made = [entry for entry in read if isinstance(entry, Node) and entry.stage.output == "dataset"]
+    return all(artifact.read_artifact(entry.directory) for entry in made)
+
+
+def _is_measured_on(node: Node, role: str) -> bool:
+    """Whether an input is data that a stage which trains could do without."""
+    return node.stage.inputs[role].optional and node.stage.inputs[role].kind == "dataset"
+
+
+def _as_trial(node: Node, tried: Mapping[str, Node], place: Path) -> Node | None:
+    """A node as it is tried: shortened, below `place`, reading what trials made; None where what it reads is yet to be made."""
+    assert isinstance(node.config, TrainingConfig), "others are not tried"
+    config = smoke.shorten(node.config)
+    inputs: dict[str, tuple[Node | Pinned, ...]] = {}
+    for role, entries in node.inputs.items():
+        if _is_measured_on(node, role):
+            continue
+        found = [_stand_in(entry, node.config, tried) for entry in entries]
+        there = [each for each in found if each is not None]
+        if len(there) < len(found):
+            return None
+        inputs[role] = tuple(entry for entry, _ in there)
+        if role == "policy":
+            ((_, first),) = there
+            config = config.model_copy(update={"chat_template": first.chat_template, "system_prompt": first.system_prompt})
+    return replace(node, config=config, inputs=inputs, directory=place / node.name)
+
+
+def _stand_in(entry: Node | Pinned, reader: TrainingConfig, tried: Mapping[str, Node]) -> tuple[Node | Pinned, TrainingConfig] | None:
+    """What is read in place of an input that may be yet to be made, and the settings by which its chat contract is established.
+
+    In this order: what a trial made, itself, a policy above it, which is of the same architecture. None where there is nothing yet.
+    """
+    if isinstance(entry, Pinned):
+        return entry, reader
+    if entry.name in tried:
+        return tried[entry.name], reader
+    if artifact.read_artifact(entry.directory):
+        return entry, reader
+    above = entry.inputs.get("policy") or entry.inputs.get("policies")
+    if entry.stage.output != "policy" or above is None:
+        return None
+    return _stand_in(above[0], entry.config if isinstance(entry.config, TrainingConfig) else reader, tried)
+
+
+def _tell_smokes(rows: Sequence[tuple[Node, Decision]], choice: bool | list[str] | None) -> dict[str, str]:
+    """By stage, how it fared when it was tried as it is now, or that it is to be tried, or is being."""
+    due = {node.name for node in to_be_tried([node for node, decision in rows if decision.action in ANEW], choice)}
+    told = {}
+    for node in to_be_tried([node for node, _ in rows], True):
+        key = _smoke_key(node)
+        found = smoke.find(node.directory, node.root, key) if node.name in due else smoke.read_found(node.directory)
+        if found is not None and found.key == key:
+            told[node.name] = str(found)
+        elif node.name in due:
+            place = node.directory.parent / smoke.DIRECTORY
+            told[node.name] = "running" if (place / node.name).is_dir() and ledger.lease_holder(place) else "due"
+    return told
+
+
+def _short_smoke(told: str | None) -> str:
+    """What a table has room for: why one failed, and else no more than that it passed or is due."""
+    return told if told and told.startswith("failed") else (told or "").partition(":")[0]
+
+
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -633,6 +894,12 @@ _only = click.option("--only", metavar="STAGE", help="Only this stage; what it r
 _from = click.option("--from", "start", metavar="STAGE", help="From this stage on; what is before it must be finished.")
 _until = click.option("--until", metavar="STAGE", help="Up to this stage.")
 _rebuild = click.option("--rebuild", metavar="STAGE", multiple=True, help="Build this stage again although it is finished; repeatable.")
+_smoke = click.option(
+    "--smoke/--no-smoke",
+    "is_tried",
+    default=None,
+    help="First try two steps of each stage that trains, or do not; by default as `smoke` of the pipeline file says.",
+)
 
 
 @cli.command("plan")
@@ -659,10 +926,12 @@ def plan_command(
     as_json: bool,
 ) -> None:
     """What would run, and why. Changes nothing."""
-    nodes = plan(read_pipeline(config, overrides), root)
+    pipeline = read_pipeline(config, overrides)
+    nodes = plan(pipeline, root)
     selected = select(nodes, only, start, until, rebuild)
     chosen = {node.name for node in selected}
     rows = [(node, decision) for node, decision in decide_all(nodes, rebuild) if node.name in chosen]
+    smokes = _tell_smokes(rows, pipeline.smoke)
     held: dict[str, footprint.Content] = {}
     footprints = foretell(nodes, held)
     estimates = estimate(nodes, held)
@@ -674,6 +943,7 @@ def plan_command(
                 "trains": _trained(node),
                 "disk_bytes": footprints[node.name].as_json(),
                 "needs": found.as_json() if (found := estimates.get(node.name)) else None,
+                "smoke": smokes.get(node.name),
             }
             for node, decision in rows
         ]
@@ -684,8 +954,10 @@ def plan_command(
         for node, made in rows:
             reads = " ".join(entry.name for entry in node.reads)
             needs = _show_needs(node, estimates)
-            lines.append((node.name, node.stage.kind, reads, _trained(node), sizes[node.name], *needs, made.action, made.why))
-        _print_table(("stage", "kind", "reads", "trains", "disk", "memory", "time", "action", "why"), lines)
+            tried = [_short_smoke(smokes.get(node.name))] if smokes else []
+            lines.append((node.name, node.stage.kind, reads, _trained(node), sizes[node.name], *needs, *tried, made.action, made.why))
+        shown = ["smoke"] if smokes else []
+        _print_table(("stage", "kind", "reads", "trains", "disk", "memory", "time", *shown, "action", "why"), lines)
         if memory:
             _print_needs([(node.name, found) for node, _ in rows if (found := estimates.get(node.name))])
     if warning:
@@ -731,9 +1003,8 @@ def _estimate(
     from posttrain.parallel import num_cores
 
     launcher = node.launcher
-    is_slurm = isinstance(launcher, SlurmLauncher)
-    # Nothing is known here of the nodes of a cluster.
-    name = launcher.hardware or (None if is_slurm else detect())
+    # Nothing is known here of other machines.
+    name = launcher.hardware or (detect() if isinstance(launcher, LocalLauncher) else None)
     hardware = None if name is None else find(name, num_cores())
     model, rows = held.get(node.inputs["policy"][0].name), held.get(node.inputs["data"][0].name)
     num_trained = None
@@ -746,13 +1017,13 @@ def _estimate(
         config,
         shape,
         world_size=node.num_processes,
-        per_node=launcher.tasks_per_node if isinstance(launcher, SlurmLauncher) else node.num_processes,
+        per_node=node.num_processes if isinstance(launcher, LocalLauncher) else launcher.tasks_per_node,
         is_gpu=hardware is None or hardware.is_gpu,
         num_trained=num_trained,
         rows=rows if isinstance(rows, footprint.Rows) else None,
         judges=[judge for judge in judges if judge is not None],
     )
-    return planner.estimate(shape, job, hardware, launcher.price_per_hour, may_add_nodes=is_slurm)
+    return planner.estimate(shape, job, hardware, launcher.price_per_hour, may_add_nodes=isinstance(launcher, Nodes))
 
 
 def _refuse_unfit(nodes: Sequence[Node], selected: Sequence[Node], rebuild: Sequence[str]) -> None:
@@ -818,11 +1089,12 @@ def _disk_warning(root: Path, to_do: Sequence[tuple[footprint.Footprint, str]]) 
     place = next(path for path in (root.absolute(), *root.absolute().parents) if path.is_dir())
     free, left = disk.free_bytes(place), 0
     for found, name in to_do:
-        needed = left + sum(size or 0 for size in (found.prepared, found.checkpoints, found.output))
+        stays = sum(size or 0 for size in (found.prepared, found.output, found.completions))
+        needed = left + stays + (found.checkpoints or 0)
         if needed > free:
             said = f"{disk.show_bytes(free)} are free in {place}, and with stages.{name} about {disk.show_bytes(needed)} will be needed"
             return f"{said}; free some, as `clean` does, or choose another --root"
-        left += (found.prepared or 0) + (found.output or 0)
+        left += stays
     return None
 
 
@@ -834,6 +1106,7 @@ def _disk_warning(root: Path, to_do: Sequence[tuple[footprint.Footprint, str]]) 
 @_until
 @_rebuild
 @click.option("--time-limit", metavar="TIME", help="Save and stop in order before this is over, such as 90s, 45m or 3.5h.")
+@_smoke
 @_root
 def run_command(
     config: Path,
@@ -843,6 +1116,7 @@ def run_command(
     until: str | None,
     rebuild: tuple[str, ...],
     time_limit: str | None,
+    is_tried: bool | None,
     root: Path,
 ) -> None:
     """Run all that is not finished. Safe to repeat: finished stages are skipped, cut-off ones resumed."""
@@ -852,13 +1126,55 @@ def run_command(
     selected = select(nodes, only, start, until, rebuild)
     _refuse_unfit(nodes, selected, rebuild)
     console = _console()
-    if isinstance(pipeline.launcher, SlurmLauncher):
+    tried = _chosen_to_be_tried(nodes, selected, pipeline, is_tried)
+    if isinstance(pipeline.launcher, Nodes):
         if time_limit is not None:
-            raise UserError(f"--time-limit {time_limit}: is for processes on this machine; set launcher.time")
-        _execute_by_jobs(nodes, selected, rebuild, pipeline, console)
+            raise UserError(f"--time-limit {time_limit}: is for processes on this machine; a job's is set in its launcher")
+        _execute_by_jobs(nodes, selected, rebuild, _trying(pipeline, tried), console)
     else:
-        execute(nodes, selected, rebuild, pipeline.launcher, console, deadline)
+        execute(nodes, selected, rebuild, pipeline.launcher, console, deadline, tried)
     _show_results(console, selected, config, overrides)
+    if failure := gate_failure(nodes, selected):
+        raise failure
+
+
+@cli.command("smoke")
+@_config
+@_overrides
+@_only
+@_from
+@_until
+@click.option("--again", "is_again", is_flag=True, help="Also what has passed already.")
+@_root
+@_json
+def smoke_command(
+    config: Path,
+    overrides: tuple[str, ...],
+    only: str | None,
+    start: str | None,
+    until: str | None,
+    is_again: bool,
+    root: Path,
+    as_json: bool,
+) -> None:
+    """Try two steps of each stage that trains, on its longest samples: train, save, publish, reload, resume. Builds no stage."""
+    from posttrain.launch import open_launcher
+
+    pipeline = read_pipeline(config, overrides)
+    if isinstance(pipeline.launcher, Nodes):
+        raise UserError(f"launcher.kind: {pipeline.launcher.kind}, whose nodes are not here; use submit --smoke: its jobs begin with that")
+    nodes = plan(pipeline, root)
+    tried = to_be_tried(select(nodes, only, start, until, ()), True)
+    if not tried:
+        raise UserError(f"{config}: none of the chosen stages trains, so there are no steps to try")
+    console = _console(stderr=as_json)
+    with open_launcher(pipeline.launcher, console, math.inf) as launch:
+        found = _try(tried, launch, console, is_again=is_again)
+    rows = {node.name: str(found.get(node.name, "not yet: what it reads is yet to be made")) for node in tried}
+    if as_json:
+        click.echo(json.dumps([{"stage": name, "smoke": told} for name, told in rows.items()], indent=1))
+    else:
+        _print_table(("stage", "smoke"), list(rows.items()))
 
 
 @cli.command("submit")
@@ -868,7 +1184,8 @@ def run_command(
 @_from
 @_until
 @_rebuild
-@click.option("--dry-run", is_flag=True, help="Only print the scripts.")
+@click.option("--dry-run", is_flag=True, help="Only print what the cluster would be given.")
+@_smoke
 @_root
 def submit_command(
     config: Path,
@@ -878,38 +1195,57 @@ def submit_command(
     until: str | None,
     rebuild: tuple[str, ...],
     dry_run: bool,
+    is_tried: bool | None,
     root: Path,
 ) -> None:
-    """Give Slurm a job for each stage that is not finished; nothing stays alive here."""
+    """Give a cluster a job for each stage that is not finished; nothing stays alive here."""
     pipeline = read_pipeline(config, overrides)
-    if not isinstance(pipeline.launcher, SlurmLauncher):
+    if not isinstance(pipeline.launcher, Nodes):
         raise UserError(f"launcher.kind: {pipeline.launcher.kind} starts no jobs; set `launcher: {{kind: slurm}}`, or use `run`")
     nodes = plan(pipeline, root)
     selected = select(nodes, only, start, until, rebuild)
     _refuse_unfit(nodes, selected, rebuild)
-    submitted = submit(nodes, selected, rebuild, pipeline, _console(), dry_run)
+    pipeline = _trying(pipeline, _chosen_to_be_tried(nodes, selected, pipeline, is_tried))
+    submitted = submit(nodes, selected, rebuild, pipeline, _console(stderr=dry_run), dry_run)
     if submitted:
         click.echo(f"submitted {', '.join(job.number for job in submitted)}; `status` tells how it goes on")
+    if failure := gate_failure(nodes, selected):
+        raise failure
 
 
 @cli.command("step", hidden=True)
 @_config
 @click.option("--stage", required=True, metavar="STAGE", help="Which one.")
 @click.option("--replaces", metavar="ATTEMPT", help="Build it again, where this is still the last attempt at it.")
+@click.option("--after", metavar="STAGE=JOB", multiple=True, help="Only wait until that job has ended well; repeatable.")
+@click.option("--max-restarts", type=click.IntRange(min=0), default=0, help="How often the cluster begins it again after a crash.")
 @_root
-def step_command(config: Path, stage: str, replaces: str | None, root: Path) -> None:
+def step_command(config: Path, stage: str, replaces: str | None, after: tuple[str, ...], max_restarts: int, root: Path) -> None:
     """One stage, within the job that `submit` made of it."""
-    from posttrain.launch import jobs
+    from posttrain.launch import jobs, kubernetes
 
     pipeline, console = read_pipeline(config), _console()
-    with jobs.reported(root / pipeline.run, stage):
+    run = root / pipeline.run
+    if after:
+        jobs.wait_for_others(run, stage, dict(entry.split("=", 1) for entry in after), console)
+        return
+    if isinstance(pipeline.launcher, KubernetesLauncher) and not kubernetes.is_first_pod():
+        (node,) = select(plan(pipeline, root), stage, None, None, ())
+        assert isinstance(node.launcher, KubernetesLauncher), "a stage changes other fields only"
+        kubernetes.join(node.launcher, node.directory)
+        return
+    with jobs.reported(run, stage, pipeline.launcher.kind, max_restarts):
         nodes = plan(pipeline, root)
         selected = select(nodes, stage, None, None, ())
         (node,) = selected
         jobs.wait_for_lease(node.directory, console)
         attempt = ledger.read_attempt(node.directory)
         rebuild = [stage] if replaces == (attempt.token if attempt else "") else []
-        execute(nodes, selected, rebuild, node.launcher, console)
+        later = nodes[nodes.index(node) :]
+        tried = [each for each in to_be_tried(later, pipeline.smoke) if _is_alike(each, node)]
+        execute(nodes, selected, rebuild, node.launcher, console, tried=tried)
+        if failure := gate_failure(nodes, selected):
+            raise failure
 
 
 @cli.command("cancel")
@@ -917,7 +1253,7 @@ def step_command(config: Path, stage: str, replaces: str | None, root: Path) -> 
 @click.option("--only", metavar="STAGE", help="Only the job of this stage, and so those that wait for it.")
 @_root
 def cancel_command(run: str, only: str | None, root: Path) -> None:
-    """Take the jobs of a run from Slurm's queue; those that run save first."""
+    """Take the jobs of a run from the cluster's queue; those that run save first."""
     from posttrain.launch import jobs
 
     directory = (root / (read_pipeline(Path(run)).run if Path(run).is_file() else run)).absolute()
@@ -950,20 +1286,29 @@ def status_command(config: Path | None, overrides: tuple[str, ...], root: Path, 
     if config is None:
         rows = {path: _recorded_row(path) for path in _recorded_stages(root)}
     else:
-        nodes = plan(read_pipeline(config, overrides), root)
-        rows = {node.directory: {**_plan_row(node, decision), **_state(node.directory)} for node, decision in decide_all(nodes)}
+        pipeline = read_pipeline(config, overrides)
+        decided = decide_all(plan(pipeline, root))
+        smokes = _tell_smokes(decided, pipeline.smoke)
+        rows = {
+            node.directory: {**_plan_row(node, decision), **_state(node.directory), "smoke": smokes.get(node.name)}
+            for node, decision in decided
+        }
     fates = functools.cache(_fates)  # asked once for each run
     jobs = {path: fate for path in rows if (fate := fates(path.parent).get(path.name))}
     if as_json:
         click.echo(json.dumps([{**row, **({"job": asdict(jobs[path])} if path in jobs else {})} for path, row in rows.items()], indent=1))
         return
     lines = []
+    is_tried = any(row["smoke"] for row in rows.values())
     for path, row in rows.items():
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in list(row["metrics"].items())[:4])
         label = f"{row['run']}/{row['stage']}" if "run" in row else row["stage"]
         job = [str(jobs.get(path, ""))] if jobs else []
-        lines.append((label, row["kind"], row["action"], *job, _progress_text(row["progress"]), metrics, row["output"] or ""))
-    _print_table(("stage", "kind", "action", *(["job"] if jobs else []), "progress", "metrics", "output"), lines)
+        told = row["why"] if row["action"] == "blocked" else row.get("verdict") or row.get("selected") or _progress_text(row["progress"])
+        tried = [_short_smoke(row["smoke"])] if is_tried else []
+        lines.append((label, row["kind"], row["action"], *job, *tried, told, metrics, row["output"] or ""))
+    shown = [*(["job"] if jobs else []), *(["smoke"] if is_tried else [])]
+    _print_table(("stage", "kind", "action", *shown, "progress", "metrics", "output"), lines)
 
 
 @cli.command("stages")
@@ -994,25 +1339,148 @@ def stages_command(kind: str | None, as_json: bool) -> None:
 
 @cli.command("chat")
 @_config
-@_overrides
-@click.option("--stage", metavar="STAGE", help="Whose policy to talk to; by default the last finished one.")
+@click.argument("words", nargs=-1, metavar="[STAGE ...] [key=value ...]")
+@click.option("--stage", metavar="STAGE", help="Whose policy to talk to, or the name of a source; by default the last finished one.")
+@click.option("--compare", is_flag=True, help="Put each question to several: `--compare base sft dpo`.")
 @click.option("--prompt", metavar="TEXT", help="Ask this one thing, print the answer and end.")
+@click.option("--system", metavar="TEXT", help="System prompt.")
+@click.option("--temperature", type=click.FloatRange(min=0), help="Draw tokens at random; by default the likeliest is taken, as at 0.")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), help="Draw from the fewest that hold this probability.")
+@click.option("--top-k", type=click.IntRange(min=0), help="Draw from so many of the likeliest tokens.")
+@click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), help="Above 1, make what was there already less likely.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens; by default 1024.")
+@click.option("--seed", type=click.IntRange(min=0, max=2**32), help="Seed of what is drawn; by default 0.")
+@click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Keep conversations as rows of this JSONL file.")
+@click.option("--serve", is_flag=True, help="Serve the policy to programs of this machine instead, by the API of OpenAI.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port for --serve; by default 8000.")
 @_root
-def chat_command(config: Path, overrides: tuple[str, ...], stage: str | None, prompt: str | None, root: Path) -> None:
-    """Talk to a stage's policy."""
-    nodes = plan(read_pipeline(config, overrides), root)
-    policies = [node for node in nodes if node.stage.output == "policy"]
-    if stage is not None:
-        policies = [node for node in policies if node.name == stage]
-        if not policies:
-            raise UserError(f"--stage {stage}: no stage of that name makes a policy; {nearest(stage, [n.name for n in nodes])}")
-    finished = [node for node in policies if artifact.read_artifact(node.directory)]
-    if not finished:
-        raise UserError(f"{stage or config}: no finished policy to talk to; run the pipeline first")
-    _check_files(finished[-1])
-    from posttrain.generate import chat
+def chat_command(
+    config: Path,
+    words: tuple[str, ...],
+    stage: str | None,
+    compare: bool,
+    prompt: str | None,
+    system: str | None,
+    save: Path | None,
+    serve: bool,
+    port: int | None,
+    root: Path,
+    **sampling: float | int | None,
+) -> None:
+    """Talk to the policy of a stage, or to several at once."""
+    names = [word for word in words if "=" not in word] if compare else [stage] if stage is not None else []
+    overrides = [word for word in words if not compare or "=" in word]
+    chosen = {name: value for name, value in sampling.items() if value is not None}
+    _check_chat({"--stage": stage, "--prompt": prompt, "--system": system, "--save": save, **chosen}, names, compare, serve, port)
+    policies = _policies(plan(read_pipeline(config, overrides), root), names, "--compare" if compare else "--stage", config)
+    given = [_read_entry(policy)[0] for policy in policies]
+    for policy in policies:
+        _check_files(policy)
+    if serve:
+        from posttrain import serving
 
-    chat(finished[-1].directory / artifact.OUTPUT, name=finished[-1].name, prompt=prompt)
+        (policy,) = policies
+        if not isinstance(policy, Node):
+            raise UserError(f"--stage {policy.name}: is a source, and only what a stage made is served; name a stage")
+        serving.serve(policy.directory, port=port or serving.PORT)
+    from posttrain.conversation import Conversation, Sampling, ask, open_speakers, talk
+
+    settings = Sampling(**chosen)  # type: ignore[arg-type]
+    conversation = Conversation(open_speakers(given), settings, system=system, file=save)
+    if prompt is None:
+        talk(conversation, _console())
+    else:
+        ask(conversation, prompt, _console())
+
+
+def _check_chat(given: Mapping[str, object], names: Sequence[str], compare: bool, serve: bool, port: int | None) -> None:
+    """Raise `UserError` where options of `chat` do not go together."""
+    for option, value in given.items():
+        name = option if option.startswith("--") else f"--{option.replace('_', '-')}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} {value}: is not finite; give a number")
+        if value is not None and serve and option != "--stage":
+            raise UserError(f"{name}: is for a conversation here, and with --serve clients say that; leave it out")
+    if compare and serve:
+        raise UserError("--compare: one server answers for one policy; name it with --stage")
+    if compare and given["--stage"] is not None:
+        raise UserError(f"--stage {given['--stage']}: is one policy; name all that are to be compared after --compare")
+    if compare and len(set(names)) < max(2, len(names)):
+        raise UserError(f"--compare {' '.join(names)}: name two policies or more, each once, such as `--compare sft dpo`")
+    if port is not None and not serve:
+        raise UserError(f"--port {port}: is for --serve only; leave it out")
+
+
+def _policies(nodes: Sequence[Node], names: Sequence[str], option: str, config: Path) -> list[Node | Pinned]:
+    """The policies of those names, of stages and sources; without any, that of the last stage that has finished one. Raises `UserError`."""
+    if not names:
+        finished = [node for node in nodes if node.stage.output == "policy" and artifact.read_artifact(node.directory)]
+        if not finished:
+            raise UserError(f"{config}: no finished policy to talk to; run the pipeline first")
+        return [finished[-1]]
+    known = {entry.name: entry for node in nodes for entry in [*node.reads, node] if "policy" in _kinds(entry)}
+    if unknown := next((name for name in names if name not in known), None):
+        raise UserError(f"{option} {unknown}: no stage of that name makes a policy; {nearest(unknown, list(known))}")
+    return [known[name] for name in names]
+
+
+@cli.command("export")
+@_config
+@_overrides
+@click.option("--stage", required=True, metavar="STAGE", help="Whose policy or reward model.")
+@click.option("--to", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Directory to write; it must not be there yet.")
+@click.option("--gguf", metavar="TYPE", help="Also a GGUF of this type, such as q8_0 or bf16, by llama.cpp's converter.")
+@click.option("--push", metavar="REPO", help="Upload it to this repository of the Hub, a private one where it is new.")
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file of weights.")
+@_root
+@_json
+def export_command(
+    config: Path,
+    overrides: tuple[str, ...],
+    stage: str,
+    to: Path,
+    gguf: str | None,
+    push: str | None,
+    max_shard_size: str,
+    root: Path,
+    as_json: bool,
+) -> None:
+    """Write a stage's model, with a card that tells all about it, as a plain Hugging Face directory to pass on."""
+    nodes = plan(read_pipeline(config, overrides), root)
+    able = [node.name for node in nodes if node.stage.output in ("policy", "reward_model")]
+    if stage not in able:
+        raise UserError(f"--stage {stage}: no stage of that name makes a model; {nearest(stage, able)}")
+    node = next(node for node in nodes if node.name == stage)
+    rows = decide_all(nodes)
+    decisions = {each.name: decision for each, decision in rows}
+    for each in _above(node):
+        if (decision := decisions[each.name]).action != "skip":
+            raise UserError(f"stages.{each.name}: {decision.action}: {decision.why}; what is exported must be finished, so run it first")
+        _check_files(each)
+    from posttrain import export
+    from posttrain.report import read
+
+    export.check_request(to, gguf=gguf, push=push, max_shard_size=max_shard_size)
+    finished = artifact.read_artifact(node.directory)
+    assert finished is not None, "it is to be skipped"
+    run = read.read_run(node.directory.parent, [_plan_row(each, decision) for each, decision in rows])
+    sources = {entry.name: entry.source for each in nodes for entry in each.reads if isinstance(entry, Pinned)}
+    with disk.explain_disk_errors(f"--to {to}"):
+        checks = export.export(finished, run, sources, to, gguf=gguf, max_shard_size=max_shard_size)
+    if as_json:
+        click.echo((to / export.RECORD).read_text(encoding="utf-8"), nl=False)
+    else:
+        results = {True: "same", False: "differs", None: "not checked"}
+        _print_table(("what", "result", "found"), [(check.what, results[check.is_same], check.found) for check in checks])
+        click.echo(f"wrote {to}, with its card in {export.CARD} and the checks in {export.RECORD}")
+    if push is not None:
+        click.echo(f"pushed: {export.push_to_hub(to, push)}", err=as_json)
+
+
+def _above(node: Node) -> list[Node]:
+    """A stage, and all stages that it was made from, those first."""
+    above = [each for entry in node.reads if isinstance(entry, Node) for each in _above(entry)]
+    return list({each.name: each for each in [*above, node]}.values())
 
 
 @cli.command("inspect")
@@ -1294,23 +1762,67 @@ def doctor_command(overrides: tuple[str, ...], config: Path | None, stage: str |
     for finding in doctor.examine(root):
         findings.append(finding)
         if not as_json:
-            colour = {"ok": "green", "warning": "yellow", "fault": "red"}[finding.state]
-            mend = f"; {finding.mend}" if finding.mend else ""
-            click.echo(f"  {click.style(f'{finding.state:8}', colour)} {finding.what}: {_one_line(finding.found)}{mend}")
+            _print_finding(finding)
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
     if faults := [finding for finding in findings if finding.state == "fault"]:
         raise UserError(f"{faults[0].what}: {faults[0].found}; {faults[0].mend}")
 
 
+def _print_finding(finding: "Finding") -> None:
+    colour = {"ok": "green", "warning": "yellow", "fault": "red"}[finding.state]
+    mend = f"; {finding.mend}" if finding.mend else ""
+    click.echo(f"  {click.style(f'{finding.state:8}', colour)} {finding.what}: {_one_line(finding.found)}{mend}")
+
+
+@cli.command("nodes")
+@_config
+@_overrides
+@_root
+@_json
+def nodes_command(config: Path, overrides: tuple[str, ...], root: Path, as_json: bool) -> None:
+    """Whether the nodes that stages run on fit together: libraries, code, shared disk, clocks, GPUs, and their speed."""
+    from posttrain.nodes import check_nodes, refuse
+
+    pipeline = read_pipeline(config, overrides)
+    widest = max(plan(pipeline, root), key=lambda node: node.num_processes)
+    launcher = widest.launcher
+    models = {
+        (source.model, source.revision) for source in pipeline.sources.values() if isinstance(source, ModelSource) and source.revision
+    }
+    if isinstance(launcher, SlurmLauncher):
+        from posttrain.launch.slurm import node_command
+
+        slurm, mounts = launcher, [Path.cwd(), root.absolute()]
+        findings = check_nodes(
+            root.absolute(),
+            [f"node {number} of {launcher.num_nodes}" for number in range(1, launcher.num_nodes + 1)],
+            lambda directory: node_command(slurm, directory, mounts, is_job=False),
+            num_gpus=launcher.gpus_per_node,
+            models=sorted(models),
+            is_again=True,
+        )
+    elif isinstance(launcher, LocalLauncher):
+        here = [socket.gethostname()] * widest.num_processes
+        findings = check_nodes(root.absolute(), here, None, num_gpus=0, models=sorted(models), is_again=True)
+    else:
+        raise UserError(f"launcher.kind: {launcher.kind}, whose nodes cannot be asked from here; this is for slurm and local")
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            _print_finding(finding)
+    refuse(findings)
+
+
 def _rehearse(config: Path, overrides: Sequence[str], stage: str | None, steps: int, root: Path, as_json: bool) -> None:
     import tempfile
 
     from posttrain.recipe import TrainingConfig
-    from posttrain.rehearsal import Rehearsal
+    from posttrain.rehearsal import Rehearsal, few_steps
 
     pipeline = read_pipeline(config, overrides)
-    if isinstance(pipeline.launcher, SlurmLauncher):
+    if not isinstance(pipeline.launcher, LocalLauncher):
         raise UserError(f"launcher.kind: {pipeline.launcher.kind}, and a rehearsal is for this machine; give `launcher={{kind: local}}`")
     training = [node.name for node in plan(pipeline, root) if isinstance(node.config, TrainingConfig)]
     if not training:
@@ -1318,17 +1830,14 @@ def _rehearse(config: Path, overrides: Sequence[str], stage: str | None, steps: 
     if stage is not None and stage not in training:
         raise UserError(f"--stage {stage}: no stage of that name trains; {nearest(stage, training)}")
     stage = stage or training[0]
-    few = [
-        f"stages.{name}.{setting}"
-        for name in training[: training.index(stage) + 1]
-        for setting in (f"max_steps={steps}", "save_steps=1", "logging_steps=1")
-    ]
+    short = training[: training.index(stage) + 1]
+    few = [f"stages.{name}.{setting}={value}" for name in short for setting, value in few_steps(steps).items()]
     with disk.explain_disk_errors("the rehearsal"):
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".rehearsal.", dir=root) as scratch:
             directory = Path(scratch, pipeline.run, stage)
             command = [sys.executable, str(Path(__file__).resolve())]
-            rehearsal = Rehearsal(command, [str(config), *overrides, *few], directory, Path(scratch), steps)
+            rehearsal = Rehearsal(command, [str(config), *overrides, *few, "smoke=false"], directory, Path(scratch), steps)
             differences = rehearsal.differences((lambda _: None) if as_json else click.echo)
     if as_json:
         click.echo(json.dumps({"stage": stage, "exact": not differences, "differences": differences}, indent=1))
@@ -1376,7 +1885,7 @@ def _plan_row(node: Node, decision: Decision) -> dict[str, Any]:
 
 
 def _recorded_stages(root: Path) -> list[Path]:
-    """The directories of all stages that were begun, or given to Slurm."""
+    """The directories of all stages that were begun, or given to a cluster."""
     begun = {path.parent for path in root.glob("*/*/stage.json")}
     return sorted(begun | {path.parents[2] / path.parent.name for path in root.glob(f"*/{ledger.JOBS}/*/job.json")})
 
@@ -1402,6 +1911,7 @@ def _recorded_row(directory: Path) -> dict[str, Any]:
         "fingerprint": attempt.fingerprint if attempt else None,
         "inputs": {role: [e["name"] for e in entries] for role, entries in attempt.inputs.items()} if attempt else {},
         **_state(directory),
+        "smoke": str(found) if (found := smoke.read_found(directory)) else None,
     }
 
 
@@ -1427,6 +1937,8 @@ def _state(directory: Path) -> dict[str, Any]:
         "metrics": dict(finished.metrics) if finished else {},
         "progress": progress,
         "output": str(finished.output) if finished else None,
+        **({"verdict": verdict.words} if finished and (verdict := read_verdict(finished.output)) else {}),
+        **({"selected": selection.words} if finished and (selection := read_selection(directory)) else {}),
     }
 
 
@@ -1438,24 +1950,26 @@ def _progress_text(progress: dict[str, Any] | None) -> str:
 
 
 def _show_results(console: "Console", selected: Sequence[Node], config: Path, overrides: Sequence[str]) -> None:
-    for node in selected:
+    finished = [node for node in selected if artifact.read_artifact(node.directory)]
+    for node in finished:
         report = node.directory / artifact.OUTPUT / "table.json"
         if report.is_file():
             content = disk.read_json(report)
             _print_table(content["columns"], content["rows"])
             for note in content["notes"]:
                 console.print(note, highlight=False, soft_wrap=True)
-    policies = [node.name for node in selected if node.stage.output == "policy"]
+    policies = [node.name for node in finished if node.stage.output == "policy"]
     if policies:
         again = " ".join([str(config), *overrides])
         console.print(f"talk to it:  python pipeline.py chat {again} --stage {policies[-1]}", highlight=False, soft_wrap=True)
 
 
-def _console() -> "Console":
+def _console(*, stderr: bool = False) -> "Console":
     from rich.console import Console
 
     # What users write may hold square brackets, which are not markup. A pipe or a log file has no width: lines there are not broken.
-    return Console(markup=False) if sys.stdout.isatty() else Console(markup=False, width=10_000, no_color=True)
+    is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(markup=False, stderr=stderr) if is_terminal else Console(markup=False, width=10_000, no_color=True, stderr=stderr)
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -1477,7 +1991,8 @@ def _print_fitted(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None
     from rich.table import Table
     from rich.text import Text
 
-    colours = {"run": "cyan", "resume": "cyan", "rebuild": "yellow", "drift": "red", "damaged": "red", "running": "magenta"}
+    colours = {"run": "cyan", "resume": "cyan", "rebuild": "yellow", "running": "magenta"}
+    colours |= dict.fromkeys(("drift", "damaged", "blocked"), "red")
     table = Table(*columns, box=box.SIMPLE_HEAD)
     action = columns.index("action") if "action" in columns else None
     for row in rows:
@@ -1506,6 +2021,9 @@ def main() -> int:
     except (Preempted, click.Abort, KeyboardInterrupt) as stopped:
         click.echo(f"stopped: {str(stopped) or 'interrupted'}; run the same command again to go on", err=True)
         return EXIT_PREEMPTED
+    except GateFailed as failure:
+        click.echo(f"gate failed: {_one_line(str(failure))}", err=True)
+        return EXIT_GATE
     except StageFailed as failure:
         click.echo(f"failed: {_one_line(str(failure))}", err=True)
         return EXIT_CRASH

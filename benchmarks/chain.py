@@ -1,6 +1,6 @@
 """How long the whole chain takes, from raw files to held-out loss, next to the same steps by TRL's command line.
 
-  python benchmarks/chain.py [--quick] [--steps N] [--runs N] [--model DIR] [--json FILE]
+  python benchmarks/chain.py [--quick] [--one-beta] [--steps N] [--runs N] [--model DIR] [--json FILE]
 
 Ours is one `posttrain run` of sft -> dpo -> eval. Theirs is `trl sft`, `trl dpo` on what it saved, and a plain script that scores
 the base, the first and the second model (heldout_loss.py): with TRL's defaults, and with the settings that are fastest here.
@@ -73,13 +73,16 @@ class Chain:
 
 def main() -> None:
     """Measure the sides in turn, print the table, and write the figures."""
-    arguments = common_options(__doc__ or "").parse_args()
+    options = common_options(__doc__ or "")
+    options.add_argument("--one-beta", action="store_true", help="leave the sweep out")
+    arguments = options.parse_args()
     num_steps = arguments.steps or (2 if arguments.quick else 12)
     num_held_out = 4 if arguments.quick else 32
     max_length = QUICK_MAX_LENGTH if arguments.quick else MAX_LENGTH["dpo"]
     names = [] if arguments.only_ours else ["trl fp32"] if arguments.quick else list(THEIRS)
     names = [name for name in names if arguments.contender is None or name in arguments.contender]
-    left_out = ["the sweep, and all sides of TRL but one"] if arguments.quick else []
+    has_sweep = not (arguments.quick or arguments.one_beta)
+    left_out = ["the sweep, and all sides of TRL but one"] if arguments.quick else [] if has_sweep else ["the sweep"]
     files: dict[Task, tuple[str, ...]] = {
         "sft": ("llamafactory_demo/alpaca_en_demo.json",),
         "dpo": ("llamafactory_demo/dpo_en_demo.json", "pandalm_testset/derived_pairs.jsonl"),
@@ -100,7 +103,7 @@ def main() -> None:
         for number in range(arguments.runs):
             round_started = time.monotonic()
             # The last round goes on to the sweep; each beta of it is another `run`, or another training.
-            betas = BETAS if number + 1 == arguments.runs and not arguments.quick else BETAS[:1]
+            betas = BETAS if number + 1 == arguments.runs and has_sweep else BETAS[:1]
             for name in seconds:
                 took, metrics[name] = run_ours(chain, betas) if name == "ours" else run_theirs(chain, THEIRS[name], betas)
                 seconds[name].append(took)
@@ -125,7 +128,7 @@ def run_ours(chain: Chain, betas: Sequence[float]) -> tuple[list[float], dict[st
     for task, policy in (("sft", "base"), ("dpo", "sft")):
         bench = Bench(task, directory, chain.model, [], chain.num_steps, chain.max_length, LEARNING_RATES[task], chain.ours, None)
         stages[task] = {"inputs": {"policy": policy, "data": f"{task}_train"}, **our_stage(bench)}
-    stages["eval"] = {"inputs": {"policies": ["base", "sft", "dpo"], "data": ["sft_held_out", "dpo_held_out"]}}
+    stages["eval"] = {"inputs": {"policies": ["base", "sft", "dpo"], "data": ["sft_held_out", "dpo_held_out"]}, "num_shown": 0}
     config = {"run": "beta", "sources": {"base": {"model": str(chain.model)}, **rows}, "stages": stages}
     (directory / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
     seconds = []

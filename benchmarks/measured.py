@@ -42,13 +42,13 @@ def run_measured(command: Sequence[str], *, env: Mapping[str, str], log: Path, w
         child = subprocess.Popen(command, env={**os.environ, **env}, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             while child.poll() is None:
-                tree = _tree(child.pid)
-                for pid in tree:
+                pids = tree(child.pid)
+                for pid in pids:
                     if used := _used(pid):
                         peak = max(used[3], processes[pid][3] if pid in processes else 0)  # one that has ended holds nothing
                         processes[pid] = (*used[:3], peak)
                 if time.monotonic() - shares_at > SHARES_EVERY_S:
-                    peak_tree = max(peak_tree, sum(map(_share, tree)))
+                    peak_tree = max(peak_tree, sum(map(_share, pids)))
                     shares_at = time.monotonic()
                 if watch is not None:
                     watch()
@@ -66,7 +66,7 @@ def run_measured(command: Sequence[str], *, env: Mapping[str, str], log: Path, w
     return Usage(wall_s, user, system, int(faults), busiest[3], peak_tree)
 
 
-def _tree(pid: int) -> list[int]:
+def tree(pid: int) -> list[int]:
     """A process and all below it that are there now."""
     children: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -74,7 +74,7 @@ def _tree(pid: int) -> list[int]:
             children += map(int, path.read_text().split())
         except OSError:
             continue
-    return [pid, *(below for child in children for below in _tree(child))]
+    return [pid, *(below for child in children for below in tree(child))]
 
 
 def _used(pid: int) -> tuple[float, float, int, int] | None:

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from measured import Shape, Usage, causal_pairs, matmul_peaks, read_lines, read_shape, run_measured, write_lines
 
 from posttrain.config import DataSource, ModelSource
+from posttrain.parallel import num_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDER = Path(__file__).resolve().parent / "recorder"
@@ -516,17 +517,22 @@ def micro(size: int) -> dict[str, int]:
     return {"per_device_train_batch_size": size, "gradient_accumulation_steps": GLOBAL_BATCH_SIZE // size}
 
 
+# `accelerate launch`, by which the command line starts, gives one thread where nothing else is said.
+ALL_CORES = {"OMP_NUM_THREADS": str(num_cores())}
+TRL_BEST = {**KEEP_MEMORY, **ALL_CORES}
 TRL = [
     Contender("trl default", "trl", "bf16"),
-    Contender("trl fp32", "trl", "fp32", {**FP32, **micro(2)}, KEEP_MEMORY, is_sorted=True),
-    Contender("trl bf16", "trl", "bf16", {**BF16, **micro(2)}, KEEP_MEMORY, is_sorted=True),
+    Contender("trl fp32", "trl", "fp32", {**FP32, **micro(2)}, TRL_BEST, is_sorted=True),
+    Contender("trl bf16", "trl", "bf16", {**BF16, **micro(2)}, TRL_BEST, is_sorted=True),
 ]
 TRL_TRIED = [
-    Contender("trl fp32, usual malloc", "trl", "fp32", {**FP32, **micro(2)}, is_sorted=True),
-    *(Contender(f"trl fp32 by {size}", "trl", "fp32", {**FP32, **micro(size)}, KEEP_MEMORY, is_sorted=True) for size in (1, 4, 8)),
-    Contender("trl fp32 eager", "trl", "fp32", {**FP32, **micro(2), "attn_implementation": "eager"}, KEEP_MEMORY, is_sorted=True),
-    Contender("trl fp32 unfused AdamW", "trl", "fp32", {**FP32, **micro(2), "optim": "adamw_torch"}, KEEP_MEMORY, is_sorted=True),
-    Contender("trl fp32 passive", "trl", "fp32", {**FP32, **micro(2)}, {**KEEP_MEMORY, "OMP_WAIT_POLICY": "PASSIVE"}, is_sorted=True),
+    Contender("trl default, all cores", "trl", "bf16", env=ALL_CORES),
+    Contender("trl fp32, one core", "trl", "fp32", {**FP32, **micro(2)}, KEEP_MEMORY, is_sorted=True),
+    Contender("trl fp32, usual malloc", "trl", "fp32", {**FP32, **micro(2)}, ALL_CORES, is_sorted=True),
+    *(Contender(f"trl fp32 by {size}", "trl", "fp32", {**FP32, **micro(size)}, TRL_BEST, is_sorted=True) for size in (1, 4, 8)),
+    Contender("trl fp32 eager", "trl", "fp32", {**FP32, **micro(2), "attn_implementation": "eager"}, TRL_BEST, is_sorted=True),
+    Contender("trl fp32 unfused AdamW", "trl", "fp32", {**FP32, **micro(2), "optim": "adamw_torch"}, TRL_BEST, is_sorted=True),
+    Contender("trl fp32 passive", "trl", "fp32", {**FP32, **micro(2)}, {**TRL_BEST, "OMP_WAIT_POLICY": "PASSIVE"}, is_sorted=True),
 ]
 LLAMAFACTORY_BEST = {"disable_gradient_checkpointing": True, **micro(2)}
 LLAMAFACTORY = [

@@ -22,7 +22,7 @@ from posttrain.stage import ArtifactKind
 FILE = "artifact.json"
 OUTPUT = "output"
 RECORD = "output.json"
-EVIDENCE = ("probe.safetensors", "published.json", "final_metrics.json")
+EVIDENCE = ("probe.safetensors", "published.json", "final_metrics.json", "selected.json")
 """What a published output is checked against, and declared finished with."""
 
 
@@ -164,7 +164,7 @@ def fingerprint_source(source: ModelSource | DataSource, at: str, hashes: disk.H
     """What a source is: local files by their bytes, a Hub source by its pinned revision. Raises `UserError`."""
     if isinstance(source, ModelSource):
         return disk.hash_json({"model": _content(source.model, source.revision, f"{at}.model", hashes, is_model=True)})
-    recipe = source.model_dump(mode="json", exclude={"data"}, exclude_defaults=True)
+    recipe = source.model_dump(mode="json", exclude={"data", "license"}, exclude_defaults=True)
     contents = []
     for entry in source.paths:
         name, _, revision = entry.partition("@")

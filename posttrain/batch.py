@@ -100,7 +100,7 @@ class GlobalBatches:
     """The steps of one rank, in order, from any step on, each its micro-batches; a batch sampler for `torch.utils.data.DataLoader`.
 
     `len` counts the steps of the whole run, whatever step it starts from. `sizes` and `micro_batch_tokens` decide only how a
-    global batch is cut up, and may be set until the first step is asked for.
+    global batch is cut up, and may be set until the first step is asked for. Without a seed every step takes the first samples.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class GlobalBatches:
         num_steps: int,
         global_batch_size: int,
         micro_batch_tokens: int,
-        seed: int,
+        seed: int | None,
         rank: int,
         world_size: int,
     ) -> None:
@@ -139,11 +139,14 @@ class GlobalBatches:
 
     def samples(self, step: int) -> Indices:
         """The samples of a step, in stream order, `(global_batch_size,)`."""
+        if self.seed is None:
+            return np.arange(self.global_batch_size, dtype=np.int64) % len(self.sizes)
         positions = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
         epochs, offsets = np.divmod(positions, len(self.sizes))
-        return np.array([self._epoch(int(epoch))[offset] for epoch, offset in zip(epochs, offsets, strict=True)], dtype=np.int64)
+        both = zip(epochs.tolist(), offsets.tolist(), strict=True)
+        return np.array([self._epoch(self.seed, epoch)[offset] for epoch, offset in both], dtype=np.int64)
 
-    def _epoch(self, epoch: int) -> Indices:
+    def _epoch(self, seed: int, epoch: int) -> Indices:
         if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(len(self.sizes), self.seed, epoch))
+            self._order = (epoch, epoch_order(len(self.sizes), seed, epoch))
         return self._order[1]

@@ -4,13 +4,15 @@
                          rank_00000.json          which parts these are, and the rank's random numbers and sums
                          ...
                          COMPLETE                 written last: step, what the state belongs to, size and hash of every file
+    weights-<step>/      the same of the weights alone, of the step that a stage with `select` would publish so far
 
 What has no marker, or whose marker, sizes or hashes do not fit, is never used. What lies in the files is independent of how
 many ranks wrote it and how they shared it out (`posttrain/state.py`). Imports no torch.
 """
 
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from posttrain.recipe import KeepPolicy
 
 MARKER = "COMPLETE"
 PREFIX = "checkpoint-"
+WEIGHTS_PREFIX = "weights-"
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Checkpoint:
     """What was logged last before it."""
     files: Mapping[str, Mapping[str, Any]] = field(repr=False)
     """Name of each file to its `bytes` and `sha256`."""
+    weights: int | None = None
+    """Step of the weights that it cannot do without: those that were best until then, where they are not its own."""
 
     @property
     def num_bytes(self) -> int:
@@ -47,9 +52,14 @@ def directory_of(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"{PREFIX}{step}"
 
 
-def list_complete(checkpoints: Path) -> list[Checkpoint]:
+def weights_of(checkpoints: Path, step: int) -> Path:
+    """Where the weights of a step lie."""
+    return checkpoints / f"{WEIGHTS_PREFIX}{step}"
+
+
+def list_complete(checkpoints: Path, prefix: str = PREFIX) -> list[Checkpoint]:
     """The checkpoints whose marker can be read and whose files have the sizes that it says, the newest first."""
-    found = [read_checkpoint(marker.parent) for marker in checkpoints.glob(f"{PREFIX}*/{MARKER}")]
+    found = [read_checkpoint(marker.parent) for marker in checkpoints.glob(f"{prefix}*/{MARKER}")]
     return sorted((each for each in found if each and not _wrong_sizes(each)), key=lambda each: -each.step)
 
 
@@ -104,6 +114,7 @@ def mark_complete(
     belongs_to: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
     hashed: Mapping[str, Mapping[str, Any]] | None = None,
+    weights: int | None = None,
 ) -> None:
     """Declare a checkpoint whole. To be called by one rank, once all files are there; `hashed` are those whose hash is known."""
     known = hashed or {}
@@ -117,14 +128,24 @@ def mark_complete(
         files[name] = known.get(name) or {"bytes": file.stat().st_size, "sha256": disk.hash_file(file)}
     disk.sync_directory(path)
     said = {"step": step, "world_size": world_size, "belongs_to": dict(belongs_to or {}), "metrics": dict(metrics or {}), "files": files}
-    disk.write_sealed(path / MARKER, said)
+    disk.write_sealed(path / MARKER, {**said, "weights": weights})
 
 
-def prune(checkpoints: Path, keep: KeepPolicy) -> None:
-    """Delete what the policy does not keep, and what was cut off or damaged; never the newest whole checkpoint."""
-    whole = list_complete(checkpoints)
-    if not whole:
-        return
+def prune(checkpoints: Path, keep: KeepPolicy, *, last: float = math.inf, weights: int | None = None) -> None:
+    """Delete what the policy does not keep, and what was cut off or damaged; never the newest whole checkpoint.
+
+    What lies beyond the step `last` could not be gone on from, and does not count. Weights alone are kept of those steps that a
+    checkpoint which is kept names, and of the step `weights`, which the next one will.
+    """
+    whole = [each for each in list_complete(checkpoints) if each.step <= last]
+    if whole:
+        _prune_checkpoints(checkpoints, keep, whole)
+    needed = {weights, *(each.weights for each in list_complete(checkpoints))}
+    of_needed = {each.path for each in list_complete(checkpoints, WEIGHTS_PREFIX) if each.step in needed}
+    _delete(path for path in checkpoints.glob(f"{WEIGHTS_PREFIX}*") if path not in of_needed)
+
+
+def _prune_checkpoints(checkpoints: Path, keep: KeepPolicy, whole: Sequence[Checkpoint]) -> None:
     kept = {each.path for each in whole[: keep.save_total_limit]}
     if keep.metric_for_best_model is not None:
         rated = [each for each in whole if keep.metric_for_best_model in each.metrics]
@@ -135,8 +156,11 @@ def prune(checkpoints: Path, keep: KeepPolicy) -> None:
         total += each.num_bytes if each.path in kept else 0
         if number and keep.max_bytes is not None and total > keep.max_bytes:
             kept.discard(each.path)
-    for path in checkpoints.glob(f"{PREFIX}*"):
-        if path not in kept:
-            # The marker goes first, so that what is half deleted is not taken for whole.
-            (path / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
+    _delete(path for path in checkpoints.glob(f"{PREFIX}*") if path not in kept)
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        # The marker goes first, so that what is half deleted is not taken for whole.
+        (path / MARKER).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)

@@ -35,7 +35,10 @@ MAX_DEPTH = 100
 MAX_VALUES = 200_000
 """Values in a YAML text, each counted as often as an alias repeats it."""
 INPUT_FILE = "input file"
-"""Marks a field that names a file, `Annotated[str | None, INPUT_FILE]`: what the file holds bears identity, not where it lies."""
+"""Marks a field that names a file, `Annotated[str | None, INPUT_FILE]`: what the file holds bears identity, not where it lies.
+
+In a list, `Annotated[list[str], INPUT_FILE]`, an entry is a file where it ends as one of `FILE_ENDINGS`."""
+FILE_ENDINGS = (".yaml", ".yml")
 
 
 class Config(BaseModel):
@@ -57,6 +60,8 @@ class ModelSource(Config):
     """Run Python code that the model's repository ships. Off unless you have read that code."""
     allow_pickle: bool = False
     """Load weights that are pickles where there are no safetensors; PyTorch takes nothing but tensors from them. Better convert them."""
+    license: str | None = None
+    """Licence that the model is under, such as `apache-2.0`, for the card of what is exported; it changes no fingerprint."""
 
     @field_validator("model")
     @classmethod
@@ -74,7 +79,7 @@ class DataSource(Config):
 
     data: str | list[str]
     """Path of a JSON, JSONL, CSV or Parquet file, or a Hub id as `some-org/some-set@<40 hex>`; or a list of these."""
-    format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "preference", "unpaired", "prompt"] | None = None
+    format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "preference", "unpaired", "prompt", "text"] | None = None
     """How a row is laid out; by default read off the columns, where they leave no doubt."""
     columns: dict[str, str] = {}
     """Our field name to the name of the column that holds it, e.g. `{prompt: question, completion: answer}`."""
@@ -96,6 +101,8 @@ class DataSource(Config):
     """At most this many rows, drawn at random by `seed`; all by default."""
     seed: int = 0
     """Seed of the draw, of the mixture and of the held-out split."""
+    license: str | None = None
+    """Licence that the data are under, such as `cc-by-4.0`, for the card of what is exported; it changes no fingerprint."""
 
     @property
     def paths(self) -> list[str]:
@@ -155,7 +162,41 @@ class LocalLauncher(Machines):
     """Processes of a stage; by default one for each GPU, or one on a CPU."""
 
 
-class SlurmLauncher(Machines):
+class Nodes(Machines):
+    """Nodes of a cluster that a job is given to, all alike, whose files they share."""
+
+    bears_identity: ClassVar[bool] = False
+
+    num_nodes: int = Field(1, ge=1)
+    """Nodes of a job."""
+    gpus_per_node: int = Field(0, ge=0)
+    """GPUs of each node; none are asked for by default."""
+    processes_per_node: int | None = Field(None, ge=1)
+    """Ranks on each node; by default one for each GPU, or one where there is none."""
+    cpus_per_process: int | None = Field(None, ge=1)
+    """Cores of each rank, and so its threads; by default what the cluster gives, which under Slurm often is a single one."""
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Ranks on each node."""
+        return self.processes_per_node or self.gpus_per_node or 1
+
+    @property
+    def num_processes(self) -> int:
+        """Ranks of a job."""
+        return self.num_nodes * self.tasks_per_node
+
+    @model_validator(mode="after")
+    def _lines_of_text(self) -> "Nodes":
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for text in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and not (text.strip() and text.replace("\t", " ").isprintable()):
+                    raise ValueError(f"{name}: {text!r} is no line of text")
+        return self
+
+
+class SlurmLauncher(Nodes):
     """A job of a Slurm cluster for each stage, whose files all nodes share."""
 
     bears_identity: ClassVar[bool] = False
@@ -168,18 +209,14 @@ class SlurmLauncher(Machines):
     """Account that the job is charged to."""
     qos: str | None = None
     """Quality of service."""
-    num_nodes: int = Field(1, ge=1)
-    """Nodes of a job."""
-    gpus_per_node: int = Field(0, ge=0)
-    """GPUs of each node; none are asked for by default."""
-    processes_per_node: int | None = Field(None, ge=1)
-    """Ranks on each node; by default one for each GPU, or one where there is none."""
-    cpus_per_process: int | None = Field(None, ge=1)
-    """Cores of each rank, and so its threads; by default what Slurm gives a task, which often is a single one."""
     time: int | str | None = None
     """Time limit of a job, as `sbatch` reads it: minutes, `4:00:00` or `2-00:00:00`; by default the partition's."""
     save_before_s: int = Field(300, ge=1, le=65535)
     """Seconds before the time limit at which ranks save and the job requeues itself; Slurm may say so a minute early."""
+    max_requeues: int = Field(5, ge=0)
+    """How often in a row a job is started again although the time before it came no further; then it fails."""
+    check_nodes: bool = True
+    """Whether a job of several nodes first finds out if they fit together: a minute, at most once a day for the same nodes and code."""
     setup: list[str] = []
     """Lines of shell that the job's script begins with, such as `module load cuda`."""
     sbatch: list[str] = []
@@ -195,23 +232,8 @@ class SlurmLauncher(Machines):
     container_mounts: list[str] = []
     """Directories that the image is to see under the same path, beside the working directory and the root of all runs."""
 
-    @property
-    def tasks_per_node(self) -> int:
-        """Ranks on each node."""
-        return self.processes_per_node or self.gpus_per_node or 1
-
-    @property
-    def num_processes(self) -> int:
-        """Ranks of a job."""
-        return self.num_nodes * self.tasks_per_node
-
     @model_validator(mode="after")
     def _consistent(self) -> "SlurmLauncher":
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str) and not (text.strip() and text.replace("\t", " ").isprintable()):
-                    raise ValueError(f"{name}: {text!r} is no line of text")
         for option in self.sbatch:
             _check_sbatch_option(option)
         if self.time is not None:
@@ -223,9 +245,201 @@ class SlurmLauncher(Machines):
         return self
 
 
-LauncherConfig: TypeAlias = LocalLauncher | SlurmLauncher
+class HostsLauncher(Machines):
+    """Machines that are reached by ssh and share their files: torchrun on each, started and stopped from here."""
+
+    bears_identity: ClassVar[bool] = False
+
+    kind: Literal["hosts"] = "hosts"
+    """`hosts`: machines that are reached by ssh."""
+    hosts: list[str] = Field(min_length=1)
+    """Names of the machines, as ssh takes them; ranks find one another at the first."""
+    hostfile: str | None = None
+    """File with a machine a line, as `name slots=8`, in place of `hosts` and `processes_per_host`."""
+    processes_per_host: int = Field(1, ge=1)
+    """Ranks on each machine: one for each GPU."""
+    cpus_per_process: int | None = Field(None, ge=1)
+    """Cores of each rank, and so its threads; by default they share those of their machine."""
+    port: int = Field(29500, ge=1024, le=65535)
+    """Port of the first machine at which ranks find one another."""
+    ssh: list[str] = []
+    """Further options of ssh, such as `-p` and `2222`. It must ask for nothing."""
+    setup: list[str] = []
+    """Lines of shell that come first on each machine, such as `export NCCL_SOCKET_IFNAME=ib0`; the environment here does not reach them."""
+    python: str | None = None
+    """Interpreter on the machines; by default the path of the one here."""
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Ranks on each machine."""
+        return self.processes_per_host
+
+    @property
+    def num_processes(self) -> int:
+        """Ranks of a stage."""
+        return len(self.hosts) * self.processes_per_host
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_hostfile(cls, raw: Any) -> Any:
+        if not isinstance(raw, Mapping) or not isinstance(raw.get("hostfile"), str):
+            return raw
+        if "hosts" in raw:
+            raise ValueError("hostfile: names the machines, and hosts does too; give one or the other")
+        names, slots = read_hostfile(raw["hostfile"])
+        return {**{name: value for name, value in raw.items() if name != "hostfile"}, "hosts": names, "processes_per_host": slots}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "HostsLauncher":
+        for name in self.hosts:
+            if not HOST.fullmatch(name):
+                raise ValueError(f"hosts: {name!r} is no name of a machine")
+        if len(set(self.hosts)) < len(self.hosts):
+            raise ValueError(f"hosts: {next(name for name in self.hosts if self.hosts.count(name) > 1)!r} stands twice; name it once")
+        for name in ("ssh", "setup"):
+            for text in getattr(self, name):
+                if not (text.strip() and text.replace("\t", " ").isprintable()):
+                    raise ValueError(f"{name}: {text!r} is no line of text")
+        return self
+
+
+def read_hostfile(path: str) -> tuple[list[str], int]:
+    """The machines in a hostfile of DeepSpeed's form, and the slots of each, which must be as many. Raises `ValueError`."""
+    try:
+        lines = _read_file(Path(path)).splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"hostfile: {path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    slots: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        found = re.fullmatch(r"slots=([1-9]\d{0,3})", words[1]) if len(words) == 2 else None
+        if found is None or words[0] in slots:
+            raise ValueError(
+                f"hostfile: {path}:{number}: {line.strip()!r} is no line `name slots=8` of a machine that stands nowhere above"
+            )
+        slots[words[0]] = int(found[1])
+    if len(set(slots.values())) != 1:
+        raise ValueError(f"hostfile: {path} must name machines with as many slots each")
+    return list(slots), next(iter(slots.values()))
+
+
+class Toleration(Config):
+    """A taint of nodes that pods may run on all the same; names as in Kubernetes."""
+
+    bears_identity: ClassVar[bool] = False
+
+    key: str | None = None
+    """Key of the taint; none is every one."""
+    operator: Literal["Exists", "Equal"] = "Exists"
+    """Whether the taint need but be there, or have that value."""
+    value: str | None = None
+    """Value of the taint."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """Effect of the taint; none is every one."""
+
+
+class SecretVariable(Config):
+    """An environment variable whose value stands in a Secret of the cluster, and nowhere else."""
+
+    bears_identity: ClassVar[bool] = False
+
+    variable: str
+    """Name of the variable, such as `HF_TOKEN`."""
+    name: str
+    """Name of the Secret."""
+    key: str
+    """Its entry that holds the value."""
+
+
+class KubernetesLauncher(Nodes):
+    """A JobSet of a Kubernetes cluster for each stage, whose pods share volumes."""
+
+    bears_identity: ClassVar[bool] = False
+
+    kind: Literal["kubernetes"] = "kubernetes"
+    """`kubernetes`: a JobSet for each stage, one pod a node."""
+    image: str
+    """Image of the pods, which holds this project and its libraries."""
+    volumes: dict[str, str] = Field(min_length=1)
+    """Directory to the PersistentVolumeClaim that all pods see there: the root of all runs and the data, under the same paths as here."""
+    namespace: str | None = None
+    """Namespace; by default that of kubectl's context."""
+    memory: str | None = None
+    """Memory of each pod beside that of its GPUs, such as `1500Gi`."""
+    shared_memory: str | None = None
+    """Most of it that `/dev/shm` may take, such as `64Gi`; by default half of the node's. NCCL needs more than a pod has otherwise."""
+    gpu_resource: str = "nvidia.com/gpu"
+    """What the cluster calls a GPU."""
+    resources: dict[str, str] = {}
+    """Further resources of each pod, such as `rdma/hca: "8"`."""
+    node_selector: dict[str, str] = {}
+    """Labels that a node must have."""
+    tolerations: list[Toleration] = []
+    """Taints that a node may have."""
+    env: dict[str, str] = {}
+    """Environment variables of the ranks, such as `NCCL_SOCKET_IFNAME: eth0`."""
+    secrets: list[SecretVariable] = []
+    """Environment variables that come from Secrets of the cluster."""
+    service_account: str | None = None
+    """Service account of the pods; they ask nothing of the cluster themselves."""
+    image_pull_secrets: list[str] = []
+    """Secrets by which the image is pulled."""
+    priority_class: str | None = None
+    """Priority class of the pods."""
+    queue: str | None = None
+    """Local queue of Kueue that the JobSets are given to."""
+    python: str = "python"
+    """Interpreter in the image."""
+    max_restarts: int = Field(3, ge=0)
+    """How often a stage is begun again after a crash. Drained nodes and whatever else saves first (exit code 75) do not count."""
+    save_within_s: int = Field(600, ge=1)
+    """Seconds that a pod has to save and end when it is asked to."""
+    keep_finished_s: int = Field(7 * 24 * 3600, ge=0)
+    """Seconds after which the cluster forgets a JobSet that has ended; what it made stays."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "KubernetesLauncher":
+        for directory in self.volumes:
+            if not directory.startswith("/") or ":" in directory:
+                raise ValueError(f"volumes: {directory!r} is no absolute path")
+        for name in ("memory", "shared_memory"):
+            value = getattr(self, name)
+            if value is not None and not QUANTITY.fullmatch(value):
+                raise ValueError(f"{name}: {value!r} is no quantity of Kubernetes; write it as `1500Gi`")
+        for name, value in self.resources.items():
+            if name in ("cpu", "memory", self.gpu_resource):
+                field = {"cpu": "cpus_per_process", "memory": "memory"}.get(name, "gpus_per_node")
+                raise ValueError(f"resources: {name!r} is a field of the launcher; set {field} instead")
+            if not QUANTITY.fullmatch(value):
+                raise ValueError(f"resources: {name!r} is {value!r}, which is no quantity of Kubernetes; write it as `8` or `64Gi`")
+        for name in [*self.env, *(entry.variable for entry in self.secrets)]:
+            if not VARIABLE_NAME.fullmatch(name):
+                raise ValueError(f"env: {name!r} is no name of an environment variable")
+            if name in POD_VARIABLES:
+                raise ValueError(f"env: {name!r} is set by the pipeline; leave it out")
+        return self
+
+
+LauncherConfig: TypeAlias = LocalLauncher | HostsLauncher | SlurmLauncher | KubernetesLauncher
 """How a stage becomes processes on machines."""
-LAUNCHERS: Mapping[str, type[LocalLauncher] | type[SlurmLauncher]] = {"local": LocalLauncher, "slurm": SlurmLauncher}
+LAUNCHERS: Mapping[str, type[LocalLauncher] | type[HostsLauncher] | type[SlurmLauncher] | type[KubernetesLauncher]] = {
+    "local": LocalLauncher,
+    "hosts": HostsLauncher,
+    "slurm": SlurmLauncher,
+    "kubernetes": KubernetesLauncher,
+}
+HOST = re.compile(r"[A-Za-z0-9_][\w.@:-]*")
+"""A machine, as ssh is given it: it must not look like an option."""
+QUANTITY = re.compile(r"[1-9][0-9]*(?:\.[0-9]+)?(?:m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?")
+"""An amount of something, as Kubernetes writes it."""
+VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+POD_VARIABLES = (
+    "MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "JOB_COMPLETION_INDEX",
+    "POSTTRAIN_JOB", "POSTTRAIN_RESTART",
+)  # fmt: skip
+"""Environment variables of a pod that the pipeline itself relies on."""
 SBATCH_FIELDS = {
     "--partition": "partition",
     "--account": "account",
@@ -277,6 +491,9 @@ class PipelineConfig(Config):
     """The stages in the order in which they run; each may read sources and stages listed above it."""
     launcher: LauncherConfig = LocalLauncher()
     """How stages become processes."""
+    smoke: bool | list[str] | None = None
+    """Whether stages that train are first tried for two steps: all, none, or those named. By default those that other machines or several
+    GPUs are to train for long."""
 
     @field_validator("sources", mode="before")
     @classmethod
@@ -301,6 +518,9 @@ class PipelineConfig(Config):
             raise ValueError(f"stages.{both[0]}: a source has that name too; rename one of them")
         if not self.stages:
             raise ValueError("stages: none listed; add at least one")
+        for name in self.smoke if isinstance(self.smoke, list) else []:
+            if name not in self.stages:
+                raise ValueError(f"smoke: {name!r} is no stage; {nearest(name, list(self.stages))}")
         return self
 
 
@@ -532,18 +752,27 @@ def validate(cls: type[C], raw: object, at: str) -> C:
 
 
 def identity(config: Config, at: str) -> dict[str, Any]:
-    """The fields that change the bytes of an output and differ from their defaults, as plain JSON values.
+    """The fields that change the bytes of an output and differ from their defaults, as plain JSON values; of a nested config the same.
 
     A field that names an input file is replaced by the hash of its content. Raises `UserError`, naming the path under `at`.
     """
     plain = config.model_dump(mode="json", exclude_defaults=True)
     fields = type(config).model_fields
-    return {name: _by_content(fields[name], value, f"{at}.{name}") for name, value in plain.items() if _bears_identity(type(config), name)}
+    return {
+        name: identity(nested, f"{at}.{name}")
+        if isinstance(nested := getattr(config, name), Config)
+        else _by_content(fields[name], value, f"{at}.{name}")
+        for name, value in plain.items()
+        if _bears_identity(type(config), name)
+    }
 
 
 def _by_content(field: FieldInfo, value: Any, at: str) -> Any:
     if INPUT_FILE not in field.metadata or value is None:
         return value
+    if isinstance(value, list):
+        places = enumerate(value)
+        return [_by_content(field, entry, f"{at}.{number}") if entry.endswith(FILE_ENDINGS) else entry for number, entry in places]
     path = Path(value)
     try:
         if path.exists() and not path.is_dir() and not path.is_file():
@@ -608,13 +837,19 @@ def _explain(cls: type[Config], error: ValidationError, at: str) -> str:
     location = _location(cls, first["loc"])
     dotted = ".".join(([at] if at else []) + location)
     if first["type"] == "extra_forbidden":
-        return f"{dotted}: unknown key; {nearest(location[-1], _known_keys(cls, location[:-1]))}"
+        return f"{dotted}: unknown key; {nearest(location[-1], _known_keys(cls, first['loc'][:-1]))}"
+    if first["type"] == "union_tag_not_found":
+        return f"{dotted}.{first['ctx']['discriminator'][1:-1]}: missing; it is required"
+    if first["type"] == "union_tag_invalid":
+        context = first["ctx"]
+        known = re.findall("'(.*?)'", context["expected_tags"])
+        return f"{dotted}.{context['discriminator'][1:-1]}: there is no {context['tag']!r}; {nearest(context['tag'], known)}"
     if first["type"] == "missing":
         return f"{dotted}: missing; it is required"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         # A check of a whole config begins its message with the field that is wrong.
-        names_field = message.partition(":")[0] in _known_keys(cls, location)
+        names_field = message.partition(":")[0] in _known_keys(cls, first["loc"])
         return f"{dotted}{'.' if names_field else ': '}{message}" if dotted else message
     message = message[0].lower() + message[1:]
     return f"{dotted}: {message}, got {_short(first['input'])}"
@@ -638,14 +873,20 @@ def _location(cls: type[Config], parts: Sequence[str | int]) -> list[str]:
     return location
 
 
-def _known_keys(cls: type[Config], location: Sequence[str]) -> list[str]:
-    for part in location:
-        field = cls.model_fields.get(part)
-        nested = list(_config_classes(field.annotation)) if field else []
-        if not nested:
+def _known_keys(cls: type[Config], parts: Sequence[str | int]) -> list[str]:
+    """The keys of the config that these parts, as pydantic names them, lead to."""
+    arms = [cls]
+    for part in parts:
+        if isinstance(part, int):  # a place in a list
+            continue
+        if len(arms) > 1:  # which of several the config is, by its `kind`
+            arms = [arm for arm in arms if part in get_args(arm.model_fields["kind"].annotation)]
+            continue
+        field = arms[0].model_fields.get(part)
+        arms = list(_config_classes(field.annotation)) if field else []
+        if not arms:
             return []
-        cls = nested[0]
-    return list(cls.model_fields)
+    return list(arms[0].model_fields)
 
 
 def _config_classes(annotation: object) -> Iterator[type[Config]]:

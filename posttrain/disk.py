@@ -11,6 +11,7 @@ import re
 import shutil
 import stat
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -218,6 +219,27 @@ def entry_faults(directory: Path, digest: Callable[[Path], str] | None, record: 
         yield f"{path} is damaged ({error})"
         return
     yield from file_faults(directory, files, digest)
+
+
+@contextmanager
+def new_entry(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A directory that takes the place of `path` when the block ends well, and what its record is to say beside its files.
+
+    Nothing is left of it where the block fails, nor where, on a disk without locks, another process was faster with the very same.
+    """
+    aside = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")
+    aside.mkdir(parents=True)
+    record: dict[str, Any] = {}
+    try:
+        yield aside, record
+        write_sealed(aside / MANIFEST, {**record, "files": describe_files(aside, list_files(aside))})
+        try:
+            publish_directory(aside, path)
+        except OSError:
+            if not (path / MANIFEST).is_file():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def discard_damaged(directory: Path, hashes: "HashCache") -> None:

@@ -1,4 +1,4 @@
-"""What can go wrong, by whose hand: the three ways a command ends early, and their exit codes.
+"""What can go wrong, by whose hand: the four ways a command ends early, and their exit codes.
 
 Anything else that is raised is a crash: exit code 1, with a traceback in the log.
 """
@@ -20,6 +20,10 @@ class UserError(Exception):
 
 class StageFailed(Exception):
     """A stage crashed: which rank, its last words, and where its log is. Exit code 1."""
+
+
+class GateFailed(Exception):
+    """All that could run has run, and a policy does not keep a limit: which gate, its value and the limit. Exit code 3."""
 
 
 class Preempted(BaseException):

@@ -21,7 +21,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +29,13 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback
 from transformers.optimization import get_scheduler
 from transformers.training_args import OptimizerNames
 from trl.trainer.utils import FusedCausalLMOutput, disable_dropout_in_model
 
 from posttrain import disk
-from posttrain.batch import GlobalBatches, count_steps
+from posttrain.batch import GlobalBatches, count_steps, deal
 from posttrain.chat import ChatContract
 from posttrain.checkpoint import Checkpoint
 from posttrain.config import nearest
@@ -42,15 +43,31 @@ from posttrain.data.prepared import Prepared, prepare
 from posttrain.data.samples import Encoder
 from posttrain.error import Preempted, UserError, heed_signals
 from posttrain.forward import to_batch, to_device
+from posttrain.fsdp import claim, shard
+from posttrain.heartbeat import tell
 from posttrain.layout import Group, Layout, restore_attention
-from posttrain.models import LOADERS, check_weights, load_tokenizer, loaded_dtype, publish, quantization, stored_dtype, train_new_tokens
+from posttrain.models import (
+    LOADERS,
+    check_weights,
+    load_tokenizer,
+    loaded_dtype,
+    publish,
+    quantization,
+    release,
+    stored_dtype,
+    train_new_tokens,
+)
 from posttrain.preflight import fatal_faults, preflight
 from posttrain.progress import Progress
-from posttrain.recipe import TrainingConfig
+from posttrain.recipe import MOST_TOKENS, TrainingConfig
 from posttrain.saver import Saver, any_rank, find_whole
-from posttrain.settle import MOST_TOKENS, settle
+from posttrain.sequence import Team, check_heads, team_of
+from posttrain.settle import settle
 from posttrain.stage import ArtifactKind, Input, StageContext
-from posttrain.state import Saved, fragments, random_state, restore, set_random_state
+from posttrain.state import Fragment, Saved, fragments, random_state, restore, set_random_state
+
+if TYPE_CHECKING:
+    from posttrain.heldout import Heldout
 
 OWNED = {
     "output_dir": "the stage directory is used",
@@ -61,15 +78,29 @@ OWNED = {
     "train_sampling_strategy": "the order of samples follows from the seed",
     "precompute_ref_log_probs": "reference log-probs are always computed once, before training",
     "model_init_kwargs": "the model is loaded under its chat contract",
-    "eval_strategy": "evaluation is a stage of its own",
+    "eval_strategy": "wire held-out rows to inputs.heldout, and set eval_steps on the stage itself",
+    "eval_on_start": "an eval stage measures the policy that a stage begins with",
+    "per_device_eval_batch_size": "held-out rows are computed as many at once as those that are trained",
+    "fsdp_config": "set fsdp on the stage itself",
     "save_strategy": "set save_steps on the stage itself",
+    "save_total_limit": "set keep on the stage itself",
+    "save_only_model": "a run could not go on from what it saves",
+    "load_best_model_at_end": "set select on the stage itself, such as `select: best by heldout/loss`",
+    "metric_for_best_model": "set select on the stage itself, such as `select: best by heldout/loss`",
+    "greater_is_better": "select knows of each metric whether the best is high or low",
     "logging_strategy": "set logging_steps on the stage itself",
     "fp16": "use bf16",
     "push_to_hub": "publish a finished stage instead",
+    "run_name": "trackers know a stage as RUN/STAGE",
+    "project": "set WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or TRACKIO_PROJECT in the environment",
 }
 """Fields of TRL's and transformers' config classes that the pipeline sets, and what to do instead."""
 PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """Optimizers that can be made of their settings alone; others want the model, or a library of their own."""
+PROJECT = "posttrain"
+"""What trackers put runs together under, where the environment says nothing else."""
+TRAIN = "train"
+"""The phase in which steps are taken."""
 SPEEDS = ("tokens_per_s", "trained_tokens_per_s", "step_time_s")
 """Metrics of speed; tokens are those of the samples, those of a pair's prompt counted for each of its answers."""
 
@@ -147,12 +178,15 @@ def prepare_training(
     config: TrainingConfig = context.config
     check_preparations(context, arguments_class)
     check_weights(context.input(role), context.at)
+    if config.sequence_parallel_size > 1:
+        check_heads(context.input(role), config.sequence_parallel_size, context.at)
     tokenizer, contract = load_tokenizer(
         context.input(role), context.at, chat_template=config.chat_template, system_prompt=config.system_prompt
     )
     encoder = make_encoder(config, tokenizer, contract, context.at)
     prepare(context, context.input("data"), encoder, fatal=fatal_faults(config.preflight))
-    preflight(context, tokenizer)
+    if not context.is_smoke:  # the longest samples are not like the others
+        preflight(context, tokenizer)
 
 
 def check_preparations(context: StageContext[Any], arguments_class: type[Any]) -> None:
@@ -166,6 +200,11 @@ def check_preparations(context: StageContext[Any], arguments_class: type[Any]) -
             raise UserError(f"{where}: needs the library bitsandbytes, which is not installed; pip install bitsandbytes, or leave it out")
         if zero.get("stage") == 3:
             raise UserError(f"{where}: weights of 4 bits cannot be sharded by ZeRO-3 ({config.deepspeed}); use ds_configs/zero2.json")
+        if config.fsdp is not None:
+            raise UserError(f"{where}: weights of 4 bits cannot be sharded by fsdp; use deepspeed: ds_configs/zero2.json instead")
+    if config.fsdp is not None and config.optim not in PLAIN_OPTIMIZERS:
+        known = ", ".join(PLAIN_OPTIMIZERS)
+        raise UserError(f"{context.at}.optim: {config.optim} cannot step weights that fsdp shares out; {known} can, or use deepspeed")
 
 
 def read_deepspeed(path: str, at: str) -> dict[str, Any]:
@@ -216,6 +255,7 @@ def open_fitting(
     model = LOADERS[output](given.model, tokenizer, contract, context.at, dtype=dtype, **options)
     if config.lora is not None:
         _check_targets(model, config.lora.target_modules, context.at)
+    claim(model, config, context.world_size)
     return Fitting(model, tokenizer, contract, arguments, _peft_config(config, output), output)
 
 
@@ -261,8 +301,16 @@ def _arguments(context: StageContext[Any], arguments_class: type[Any], fields: d
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
         disable_tqdm=True,
-        **{"report_to": "none", **fields, **config.trainer},
+        **{**_reporting(context), **fields, **config.trainer},
     )
+
+
+def _reporting(context: StageContext[Any]) -> dict[str, Any]:
+    """What has trackers know a stage as RUN/STAGE, all runs in one project."""
+    for name in ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME", "TRACKIO_PROJECT"):
+        os.environ.setdefault(name, PROJECT)
+    run_name = f"{context.directory.parent.name}/{context.name}"
+    return {"report_to": sorted(set(context.config.report_to)), "run_name": run_name, "project": os.environ["TRACKIO_PROJECT"]}
 
 
 def _ready_deepspeed() -> None:
@@ -297,6 +345,8 @@ class OurOrder(Trainer):
     layouts: tuple[Layout, ...]
     """Layouts that the samples can be computed in, beside padded rows, the best first."""
     prepared: Prepared
+    team: Team
+    """Ranks that compute each micro-batch together with this one; `batches` take a team for one rank."""
     batches: GlobalBatches
     layout: Layout
     pad: int
@@ -311,9 +361,20 @@ class OurOrder(Trainer):
     samples: Any
     """The data set itself, rows by number."""
     saver: Saver
+    model: Any
+    heldout: "Heldout | None" = None
+    """What is measured on held-out rows while it trains."""
     signalled = False
     """Whether a signal asked this rank for an end."""
+    at_hand: list[list[int]]
+    """This rank's samples of the step at hand, by micro-batch; all in one where its micro-batches are made of something else."""
     _metrics: Any
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset  # prepared before any process group existed
+
+    def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
+        return dataset  # an artifact of its own
 
     def groups(self, samples: Sequence[int]) -> list[Group]:
         """The samples of those numbers."""
@@ -358,8 +419,8 @@ class OurOrder(Trainer):
         """
         raise NotImplementedError
 
-    def begin_step(self, model: Any) -> None:
-        """Compute what the loss of a step wants to know of its whole global batch, with no gradient and no random number."""
+    def begin_step(self, model: Any, samples: npt.NDArray[np.int64]) -> None:
+        """Compute what the loss wants to know of all `samples` of a step, with no gradient and no random number."""
 
     def join(self, parts: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Micro-batches, each as what TRL's loss is given and what its model answers, as one; needed where the loss is coupled."""
@@ -384,17 +445,20 @@ class OurOrder(Trainer):
         self.before_step = random_state()
         micro_batches: list[dict[str, Any]] = inputs
         step = self.state.global_step
+        dealt = self.batches.deal(step)[self.batches.rank]
+        self.at_hand = dealt if type(self).micro_batch is OurOrder.micro_batch else [[sample for samples in dealt for sample in samples]]
         num_items = self.num_items(step)
         if num_items is not None:
-            num_items_in_batch = torch.tensor(num_items, device=self.args.device)
-        self.begin_step(model)
+            # TRL multiplies by the number of all ranks, and those of a team have one loss.
+            num_items_in_batch = torch.tensor(num_items * self.team.size, device=self.args.device)
+        self.begin_step(model, self.batches.samples(step))
         self.current_gradient_accumulation_steps = len(micro_batches)
         if self.is_coupled:
             return self._coupled_step(model, micro_batches)
         total = torch.zeros((), device=self.args.device)
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for number, batch in enumerate(micro_batches):
-            self._stop_if_asked()
+            self._come_to(number)
             weights = self.weights(batch)
             with self._accumulating(model, is_last=number == len(micro_batches) - 1):
                 with self._alone(weights, sums), self.compute_loss_context_manager():
@@ -413,6 +477,59 @@ class OurOrder(Trainer):
         The loss is computed by every rank on the log-probabilities of all; its gradient by them is what the second forward pass
         goes back with (gradient caching: Gao et al., 2021, arXiv 2101.06983). A third more work than a loss that is a mean.
         """
+        weights = [self.weights(batch) for batch in micro_batches]
+        calls, mine = self._answered(model, micro_batches, weights)
+        parts = self._from_ranks(mine)
+        log_probs = [found["log_probs"].detach().requires_grad_() for _, found in parts]
+        parts = [(batch, {**found, "log_probs": leaf}) for (batch, found), leaf in zip(parts, log_probs, strict=True)]
+        loss, figures = self._joint_loss(parts)
+        self._metrics["train"] = {name: [value] for name, value in figures.items()}
+        world_size, rank = self.batches.world_size, self.batches.rank
+        gradients = torch.autograd.grad(loss, log_probs)[rank * len(mine) : (rank + 1) * len(mine)]
+        for number, (call, gradient, weight) in enumerate(zip(calls, gradients, weights, strict=True)):
+            self._come_to(len(calls) + number)
+            with self._accumulating(model, is_last=number == len(calls) - 1):
+                with self.compute_loss_context_manager():
+                    again = model(**call)
+                part = (again.log_probs * gradient).sum()
+                if self.aux_loss_enabled:
+                    part = part + self.router_aux_loss_coef * again.aux_loss * (weight[""] / self.batches.global_batch_size)
+                self._backward(part * world_size)
+        return loss.detach()  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """The loss of training, and what is logged with it, over all samples that are in place. All ranks call it."""
+        model = self.model_wrapped
+        batches, sizes = self.batches, self.prepared.sizes(self.layout)
+        # No rank may be without work: under ZeRO-3 each forward pass is a collective.
+        samples = np.tile(np.arange(len(sizes)), -(-batches.world_size // len(sizes)))
+        self.at_hand = deal(samples, sizes[samples], batches.micro_batch_tokens, batches.world_size)[batches.rank]
+        training = self.model.training
+        self.model.eval()
+        self.begin_step(model, samples)
+        micro_batches = map(self.micro_batch, self.at_hand)
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        if self.is_coupled:
+            held = list(micro_batches)
+            loss, found = self._joint_loss(self._from_ranks(self._answered(model, held, list(map(self.weights, held)))[1]))
+            found["loss"] = float(loss)
+        else:
+            for number, batch in enumerate(micro_batches):
+                self._come_to(number)
+                weights = self.weights(batch)
+                with self._alone(weights, sums), self.compute_loss_context_manager():
+                    mean: Any = self.compute_loss(model, to_device(batch, self.args.device))
+                sums["loss"][0] += weights[""] * float(mean)
+                sums["loss"][1] += weights[""]
+            found = self._over_ranks(sums)
+        self.model.train(training)
+        return found
+
+    def _answered(
+        self, model: Any, micro_batches: Sequence[dict[str, Any]], weights: Sequence[dict[str, float]]
+    ) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], dict[str, Any]]]]:
+        """What the model is called with for each micro-batch, and each of them with what it answers, without gradient."""
         calls: list[dict[str, Any]] = []
         outputs: list[FusedCausalLMOutput] = []
 
@@ -422,37 +539,33 @@ class OurOrder(Trainer):
             return outputs[-1]
 
         compute_loss: Any = self.compute_loss
-        weights = [self.weights(batch) for batch in micro_batches]
         held = [to_device(batch, self.args.device) for batch in micro_batches]
         with torch.no_grad():
-            for batch, weight in zip(held, weights, strict=True):
-                self._stop_if_asked()
+            for number, (batch, weight) in enumerate(zip(held, weights, strict=True)):
+                self._come_to(number)
                 with self._alone(weight, defaultdict(lambda: [0.0, 0.0])), self.compute_loss_context_manager():
                     compute_loss(record, batch)
-        mine = [
+        return calls, [
             ({name: value for name, value in batch.items() if name != "laid"}, dict(output))
             for batch, output in zip(held, outputs, strict=True)
         ]
-        parts = self._from_ranks(mine)
-        log_probs = [found["log_probs"].detach().requires_grad_() for _, found in parts]
-        whole, found = self.join([(batch, {**found, "log_probs": leaf}) for (batch, found), leaf in zip(parts, log_probs, strict=True)])
+
+    def _joint_loss(self, parts: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[Any, dict[str, float]]:
+        """The loss of the micro-batches of all ranks as one, and what is logged with it."""
+        whole, found = self.join(parts)
         output = FusedCausalLMOutput(**found)
+        compute_loss: Any = self.compute_loss
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         with self._alone({"": 1.0}, sums):
-            loss: Any = compute_loss(lambda **_: output, whole)
-        self._metrics["train"] = {name: [value] for name, (value, _) in sums.items()}
-        world_size, rank = self.batches.world_size, self.batches.rank
-        gradients = torch.autograd.grad(loss, log_probs)[rank * len(mine) : (rank + 1) * len(mine)]
-        for number, (call, gradient, weight) in enumerate(zip(calls, gradients, weights, strict=True)):
-            self._stop_if_asked()
-            with self._accumulating(model, is_last=number == len(calls) - 1):
-                with self.compute_loss_context_manager():
-                    again = model(**call)
-                part = (again.log_probs * gradient).sum()
-                if self.aux_loss_enabled:
-                    part = part + self.router_aux_loss_coef * again.aux_loss * (weight[""] / self.batches.global_batch_size)
-                self._backward(part * world_size)
-        return loss.detach()  # type: ignore[no-any-return]
+            loss = compute_loss(lambda **_: output, whole)
+        return loss, {name: value for name, (value, _) in sums.items()}
+
+    def _come_to(self, number: int) -> None:
+        """Tell that the micro-batch of that number comes next, and end the step before it where that is asked for."""
+        # Held-out samples have numbers of their own.
+        samples = self.at_hand[number % len(self.at_hand)] if self.model.training else ()
+        tell(TRAIN, self.state.global_step, micro_batch=number, samples=samples)
+        self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
         """Raise `Stopped` on all ranks where any was signalled. All ranks call it before each micro-batch."""
@@ -465,19 +578,42 @@ class OurOrder(Trainer):
 
     def save_state(self, random: dict[str, Any]) -> None:
         """Save the state after the last whole step, with the random numbers as they were then. All ranks call it."""
-        bare: Any = self.accelerator.unwrap_model(self.model)
+        tell("save", self.state.global_step)
         scheduler: Any = self.lr_scheduler
         said = {
             "random": random,
             "scheduler": scheduler.state_dict(),
             "loss": {"sum": float(self._tr_loss), "since": self._globalstep_last_logged},
+            "heldout": [] if self.heldout is None else self.heldout.measured,
         }
-        world_size, rank = self.batches.world_size, self.batches.rank
+        self.saver.save(self.state.global_step, self._fragments(), said, self.logged)
+
+    def save_weights(self) -> None:
+        """Keep the weights as they are now, in place of any that were kept before. All ranks call it."""
+        tell("save", self.state.global_step)
+        self.saver.save_weights(self.state.global_step, self._fragments())
+
+    def _fragments(self) -> list[Fragment]:
+        rank, world_size = self.saver.context.rank, self.saver.context.world_size
+        bare = self.accelerator.unwrap_model(self.model)
         try:
-            held = list(fragments(bare, self.model_wrapped, self.optimizer, rank=rank, world_size=world_size))
+            return list(fragments(bare, self.model_wrapped, self.optimizer, rank=rank, world_size=world_size))
         except ValueError as error:
             raise UserError(f"{self.saver.context.at}.optim: {self.args.optim}: {error}; choose another, such as adamw_torch") from None
-        self.saver.save(self.state.global_step, held, said, self.logged)
+
+    def load_weights(self, kept: Checkpoint) -> None:
+        """Put weights that were kept in place, to be published: nothing can be trained from there. All ranks call it."""
+        restore(Saved(kept.path, kept.world_size), self.accelerator.unwrap_model(self.model), self.model_wrapped, self.optimizer)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure on held-out rows. What is drawn in training afterwards is what would be without it. All ranks call it."""
+        assert self.heldout is not None, "it is asked for where there are any"
+        random = self.before_step = random_state()
+        found = self.heldout.measure()
+        set_random_state(random)
+        Trainer.log(self, dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
 
     def load_state(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Go on from a checkpoint; returns the random numbers that were next. All ranks call it, once all is wrapped.
@@ -486,7 +622,7 @@ class OurOrder(Trainer):
         """
         saved = Saved(checkpoint.path, checkpoint.world_size)
         restore(saved, self.accelerator.unwrap_model(self.model), self.model_wrapped, self.optimizer)
-        rank = self.batches.rank
+        rank = self.saver.context.rank
         record = saved.records[min(rank, len(saved.records) - 1)]
         scheduler: Any = self.lr_scheduler
         scheduler.load_state_dict(record["scheduler"])
@@ -503,6 +639,9 @@ class OurOrder(Trainer):
             engine: Any = self.model_wrapped
             engine.global_steps = checkpoint.step
         self.logged = dict(checkpoint.metrics)
+        self.saver.kept_weights = checkpoint.weights
+        if self.heldout is not None:
+            self.heldout.recall(saved.records[0]["heldout"])
         return dict(record["random"])
 
     @contextmanager
@@ -516,12 +655,12 @@ class OurOrder(Trainer):
         self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
 
     def _from_ranks(self, mine: list[Any]) -> list[Any]:
-        """The entries of all ranks, in the order of ranks, on this one's device; every rank has equally many."""
+        """The entries of all ranks, or of one of each team, in their order, on this one's device; every rank has equally many."""
         if self.batches.world_size == 1:
             return mine
-        every: list[Any] = [None] * self.batches.world_size
+        every: list[Any] = [None] * (self.batches.world_size * self.team.size)
         dist.all_gather_object(every, to_device(mine, torch.device("cpu")))
-        flat: list[Any] = to_device([each for part in every for each in part], self.args.device)
+        flat: list[Any] = to_device([each for part in every[:: self.team.size] for each in part], self.args.device)
         return flat
 
     @contextmanager
@@ -532,7 +671,7 @@ class OurOrder(Trainer):
         hold unlike numbers of samples.
         """
         metrics: dict[str, list[float]] = defaultdict(list)
-        self._metrics["train"] = metrics
+        self._metrics["train" if self.model.training else "eval"] = metrics
         self.accelerator.gather = self.accelerator.gather_for_metrics = lambda value: value
         try:
             yield
@@ -566,6 +705,9 @@ class OurOrder(Trainer):
 class OwnLoss(OurOrder):
     """A trainer whose loss is ours and no trainer of TRL: a mean over samples of what `losses` says of each."""
 
+    told: ClassVar[tuple[str, ...]] = ()
+    """What of a micro-batch is for `losses` alone, and not for the model."""
+
     def __init__(self, fitting: Fitting) -> None:
         """With adapters, where the config asks for them, and without dropout, which a preference would be blurred by."""
         model: Any = fitting.model
@@ -585,20 +727,22 @@ class OwnLoss(OurOrder):
         self.aux_loss_enabled = hasattr(config, "output_router_logits") and self.router_aux_loss_coef != 0.0
         self._metrics = defaultdict(lambda: defaultdict(list))
 
-    def losses(self, output: FusedCausalLMOutput) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def losses(self, output: FusedCausalLMOutput, told: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Of what the model answers to a micro-batch: the loss of each sample, `(B,)`, and figures of each for the log."""
         raise NotImplementedError
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The mean loss of a micro-batch; its figures go to the log."""
-        output = model(**inputs, **({"output_router_logits": True} if self.aux_loss_enabled else {}), fused_lm_head=True)
-        each, figures = self.losses(output)
+        told = {name: inputs[name] for name in self.told}
+        called = {name: value for name, value in inputs.items() if name not in told}
+        output = model(**called, **({"output_router_logits": True} if self.aux_loss_enabled else {}), fused_lm_head=True)
+        each, figures = self.losses(output, told)
         loss = each.mean()
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * output.aux_loss
             figures = {**figures, "aux_loss": output.aux_loss}
         for name, values in figures.items():
-            self._metrics["train"][name].append(float(values.detach().mean()))
+            self._metrics["train" if self.model.training else "eval"][name].append(float(values.detach().mean()))
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -617,6 +761,7 @@ class _MicroBatches(Dataset[Any]):
         return self.trainer.prepared.num_rows
 
     def __getitem__(self, samples: Any) -> Any:
+        tell(TRAIN, self.trainer.state.global_step, samples=samples)
         return self.trainer.micro_batch(samples)
 
 
@@ -636,14 +781,15 @@ def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: l
     num_samples = trainer.prepared.num_rows
     num_steps = config.max_steps or count_steps(num_samples, config.num_train_epochs, config.global_batch_size)
     trainer.args.max_steps = num_steps
+    trainer.team = team_of(context)
     trainer.batches = GlobalBatches(
         trainer.prepared.sizes("padded"),  # until it is settled
         num_steps=num_steps,
         global_batch_size=config.global_batch_size,
         micro_batch_tokens=min(MOST_TOKENS.values()),
-        seed=config.seed,
-        rank=context.rank,
-        world_size=context.world_size,
+        seed=None if context.is_smoke else config.seed,
+        rank=trainer.team.number,
+        world_size=trainer.team.count,
     )
     progress = Progress(context.directory, is_main=context.is_main)
     given: Input = context.input(role)
@@ -659,13 +805,17 @@ def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: l
     last = find_whole(context, belongs_to)
     trainer.saver = Saver(context, config.keep, belongs_to)
     trainer.logged = {}
+    if trainer.heldout is not None:
+        trainer.heldout.recall([])
     if last is not None:
         trainer.batches.start_step = trainer.saver.saved_step = last.step
         print(f"resuming from {last.path}", flush=True)
     progress.rewind(last.step if last else 0)
-    progress.phase("train", num_steps, last.step if last else 0)
+    progress.phase(TRAIN, num_steps, last.step if last else 0)
+    _open_event_files(trainer, context, last)
     watch = Watch(context, trainer, progress, last)
     trainer.add_callback(watch)
+    shard(trainer.model, config, context.world_size)
     if config.lora is not None:
         train_new_tokens(trainer.model, fitting.tokenizer, fitting.contract)
     try:
@@ -678,18 +828,50 @@ def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: l
             trainer.saver.wait()
         any_rank(False)  # no rank ends while another still writes
         raise Preempted(f"{context.name} saved its state after step {trainer.state.global_step}") from None
+    finally:
+        _finish_reporting(trainer, context)
     try:
+        published = {} if trainer.heldout is None else trainer.heldout.choose()
         _publish(trainer, context, fitting, probe_ids, given, progress)
     finally:
         trainer.saver.wait()  # the state after the last step: what is cut off from here on is only the publishing
     any_rank(False)
-    return _final_metrics(context, num_steps, trainer.saver) if context.is_main else {}
+    return {**_final_metrics(context, num_steps, trainer.saver), **published} if context.is_main else {}
+
+
+def _open_event_files(trainer: Any, context: StageContext[Any], last: Checkpoint | None) -> None:
+    """Have TensorBoard's event files lie beside the stage's metrics, or below TENSORBOARD_LOGGING_DIR, and forget steps after `last`."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            below: Any = callback.logging_dir
+            run = context.directory.parent.name
+            callback.logging_dir = str(Path(below, run, context.name) if below else context.directory / "tensorboard")
+            if last is not None and context.is_main:
+                callback.tb_writer = callback._SummaryWriter(callback.logging_dir, purge_step=last.step + 1)
+
+
+def _finish_reporting(trainer: Any, context: StageContext[Any]) -> None:
+    """Wait until trackers have what they were told: a worker ends without the hooks by which they would see to that."""
+    trackers = context.config.report_to if context.is_main else []
+    if "wandb" in trackers:
+        import wandb
+
+        wandb.finish()
+    if "mlflow" in trackers:
+        import mlflow
+
+        mlflow.flush_async_logging()
+        mlflow.end_run()
+    for callback in trainer.callback_handler.callbacks if "trackio" in trackers else []:
+        if isinstance(callback, TrackioCallback) and callback._initialized:  # training was stopped, or it would have finished by itself
+            callback._trackio.finish()
 
 
 def _publish(
     trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: list[list[int]], given: Input, progress: Progress
 ) -> None:
     config: TrainingConfig = context.config
+    release(trainer.model_wrapped)
     progress.phase("publish")
     restore_attention(bare_model(trainer.accelerator.unwrap_model(trainer.model)))
     publish(
@@ -699,9 +881,9 @@ def _publish(
         fitting.contract,
         probe_ids,
         given=given,
-        kind=fitting.output,
         dtype=stored_dtype(given.model) if config.save_dtype == "auto" else getattr(torch, config.save_dtype),
         forward=trainer.model_wrapped,
+        max_shard_size=config.max_shard_size,
     )
 
 
@@ -744,9 +926,12 @@ class Watch(TrainerCallback):
                 is_resuming=self.last is not None,
             )
         trainer.layout = settled.layout
-        batches.sizes, batches.micro_batch_tokens = trainer.prepared.sizes(settled.layout), settled.micro_batch_tokens
+        batches.sizes = trainer.prepared.sizes(settled.layout)
+        batches.micro_batch_tokens = settled.micro_batch_tokens * trainer.team.size
         if random is not None:
             set_random_state(random)
+        if trainer.heldout is not None and trainer.heldout.is_due():
+            trainer.evaluate()  # before the first step, or where a signal cut it off after that of the checkpoint
         self.since = self.saved_at = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -758,6 +943,7 @@ class Watch(TrainerCallback):
         state.epoch = state.global_step * self.batches.global_batch_size / len(self.trainer.lengths)
         if self.trainer.is_over:
             control.should_training_stop = control.should_log = True
+        control.should_evaluate = self.trainer.heldout is not None and self.trainer.heldout.is_due()
         config: TrainingConfig = self.context.config
         is_due = config.save_minutes is not None and time.monotonic() - self.saved_at > config.save_minutes * 60
         control.should_save = (
@@ -792,6 +978,12 @@ class Watch(TrainerCallback):
         timed = {"step_time_s": values["step_time_s"], "save_s": self.trainer.saver.last_s}
         self.progress.step(state.global_step, loss=self.loss, tokens_per_s=values["tokens_per_s"], **timed)
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        """Write what was measured on held-out rows; its time is none of the steps'."""
+        if state.global_step:
+            self.progress.metrics(state.global_step, metrics)
+        self.since += self.trainer.heldout.last_s
+
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Time counts from here until the next save is due."""
         self.saved_at = time.monotonic()
@@ -804,7 +996,7 @@ class Watch(TrainerCallback):
 def _final_metrics(context: StageContext[Any], num_steps: int, saver: Saver) -> dict[str, float]:
     """The last logged values, and the mean loss over the whole run, attempts before a resume included."""
     lines = (context.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    logged = [json.loads(line) for line in lines]
+    logged = [entry for line in lines if "loss" in (entry := json.loads(line))]  # a step that was only measured has none
     kept = {name: value for name, value in logged[-1].items() if name not in ("step", "epoch", "learning_rate", *SPEEDS)}
     middle = {name: float(np.median([entry[name] for entry in logged])) for name in SPEEDS}
     saving = {"checkpoint_bytes": saver.num_bytes, "checkpoint_held_s": saver.held_s / max(1, saver.num_saves)}

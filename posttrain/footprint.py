@@ -1,9 +1,12 @@
 """Footprint: how many bytes a stage will take on disk, foretold from headers and file sizes alone. Imports no torch.
 
     prepared      token ids and masks of its data, and what a reference gives them
-    checkpoints   as many as are kept and the one being written: of each trained weight the weight and AdamW's two moments, fp32
+    checkpoints   as many as are kept and the one being written: of each trained weight the weight and AdamW's two moments, fp32;
+                  of a merge its weights, until they are published
+                  with `select` also the weights of as many steps, and one more, in fp32
     output        the published weights in their type, and the files beside them
-    total         prepared + output: what stays            peak   all three: what is there while the output is verified
+    completions   what a policy that learns from its own answers said: each as long as it may be
+    total         prepared + output + completions: what stays     peak   all: what is there while the output is verified
 
 Weights are counted exactly, by the headers of their safetensors files; data are estimated, by their bytes and the size of the
 vocabulary. What cannot be known here, such as the size of a model that is yet to be fetched from the Hub, is None.
@@ -25,8 +28,12 @@ MAX_HEADER_BYTES = 100_000_000
 """Longest header that the format allows; a longer one is no safetensors file."""
 STATE_BYTES = 12
 """Bytes that a checkpoint keeps for each trained weight."""
-TOKEN_BYTES, PAIR_TOKEN_BYTES = 8, 5
-"""Bytes of a prepared token: its id and its label; of a pair its id, and for some its log-probability under the reference."""
+WEIGHT_BYTES = 4
+"""Bytes that are kept of each trained weight of a step that may be published."""
+TOKEN_BYTES, PAIR_TOKEN_BYTES, SPLIT_TOKEN_BYTES = 8, 5, 11
+"""Bytes of a prepared token: its id and its label; of a pair its id, and for some its log-probability under the reference. Of one that is
+split into two answers, where a third of it is the prompt: that twice, and of answers two log-probabilities, as each is also put to
+another prompt."""
 ROW_BYTES = 90
 """Bytes that are kept of a prepared row beside its tokens."""
 FRAME_BYTES = 80
@@ -35,6 +42,10 @@ REPORTED_ROW_BYTES = 250
 """Bytes that a report keeps of a row for each policy."""
 ANSWER_BYTES = 4
 """Bytes of text in a token that a policy says, about."""
+COMPLETION_BYTES = 350
+"""Bytes that are kept of a completion beside the texts: names of fields, where the prompt stands, rewards."""
+PROMPT_SHARE = 1 / 3
+"""Of a pair, about."""
 EXPANSION = {".gz": 4.0, ".parquet": 3.0}
 """Bytes of text in a byte of a compressed file, about."""
 SAMPLE_BYTES = 1 << 16
@@ -84,20 +95,21 @@ class Footprint:
     prepared: int | None
     checkpoints: int | None
     output: int | None
+    completions: int | None = 0
 
     @property
     def total(self) -> int | None:
         """What stays when it has finished."""
-        return _sum([self.prepared, self.output])
+        return _sum([self.prepared, self.output, self.completions])
 
     @property
     def peak(self) -> int | None:
         """What is there at most, just before it finishes."""
-        return _sum([self.prepared, self.checkpoints, self.output])
+        return _sum([self.total, self.checkpoints])
 
     def as_json(self) -> dict[str, int | None]:
         """All figures by name."""
-        return {name: getattr(self, name) for name in ("prepared", "checkpoints", "output", "total", "peak")}
+        return {name: getattr(self, name) for name in ("prepared", "checkpoints", "output", "completions", "total", "peak")}
 
 
 def read_content(source: ModelSource | DataSource) -> Content:
@@ -117,6 +129,8 @@ def foretell(
     rows = _join(data) if data and all(isinstance(content, Rows) for content in data) else None
     if kind == "dataset":
         return _foretell_rows(config, rows)
+    if kind == "verdict":
+        return Footprint(0, 0, 0), None
     if kind == "report":
         return Footprint(0, 0, None if rows is None else int(rows.num_rows * len(models) * REPORTED_ROW_BYTES)), None
     first = models[0] if models else None
@@ -124,17 +138,18 @@ def foretell(
         return Footprint(None if prepares else 0, None, None), None
     prepared: int | None = 0
     if prepares:
-        prepared = None if rows is None else _prepared_bytes(rows, first.vocabulary_size)
+        splits_pairs = getattr(config, "splits_pairs", False)
+        prepared = None if rows is None else _prepared_bytes(rows, first.vocabulary_size, splits_pairs=splits_pairs)
     save_dtype = getattr(config, "save_dtype", "auto")
     dtype = first.dtype if save_dtype == "auto" else save_dtype
     output: int | None = first.num_bytes(dtype) + first.other_bytes
-    checkpoints: int | None = 0
+    checkpoints: int | None = first.num_bytes(dtype)  # a merge writes its weights before they are published
     if isinstance(config, TrainingConfig):
         trained = first.num_parameters if config.lora is None else adapter_parameters(first, config.lora)
-        checkpoints = None if trained is None else _num_checkpoints(config) * trained * STATE_BYTES
+        checkpoints = None if trained is None else trained * (_num_checkpoints(config) * STATE_BYTES + _num_weights(config) * WEIGHT_BYTES)
         if config.lora is not None:
             output = None if trained is None else _sum([output, trained * BYTES["float32"]])
-    return Footprint(prepared, checkpoints, output), replace(first, dtype=dtype)
+    return Footprint(prepared, checkpoints, output, _completions_bytes(config, inputs.get("data", ()))), replace(first, dtype=dtype)
 
 
 def _foretell_rows(config: StageConfig, rows: Rows | None) -> tuple[Footprint, Content]:
@@ -181,6 +196,28 @@ def _num_checkpoints(config: TrainingConfig) -> int:
     return min(kept + 1, ever)
 
 
+def _num_weights(config: TrainingConfig) -> int:
+    """Of how many steps the weights alone lie there at once at most: of those that kept checkpoints name, the last one, and one being
+    written. Those of the last step are never kept so."""
+    if config.select is None or config.eval_steps is None:
+        return 0
+    ever = math.ceil(config.max_steps / config.eval_steps) - 1 if config.max_steps else math.inf
+    return int(min(config.keep.save_total_limit + 2, ever))
+
+
+def _completions_bytes(config: StageConfig, data: Sequence[Content]) -> int | None:
+    """What is kept of all answers that a policy learns from, each with its prompt."""
+    if not isinstance(config, TrainingConfig) or not hasattr(config, "num_generations"):
+        return 0
+    rows = _join(data) if data and all(isinstance(content, Rows) for content in data) else None
+    if rows is None or not rows.num_rows:
+        return None
+    num_steps = config.max_steps or math.ceil(rows.num_rows * config.num_train_epochs / config.global_batch_size)
+    prompt = rows.num_bytes / rows.num_rows * (PROMPT_SHARE if rows.are_pairs else 1)
+    answer = getattr(config, "max_completion_length", 0) * ANSWER_BYTES
+    return int(num_steps * config.global_batch_size * config.num_generations * (prompt + answer + COMPLETION_BYTES))
+
+
 def num_tokens(rows: Rows, vocabulary_size: int) -> float:
     """About how many tokens all rows have, the prompt of a pair once."""
     # Bytes of English in a token: about 2 with a vocabulary of a thousand, 3.7 with one of 32 thousand, 4.3 with 128 thousand.
@@ -188,9 +225,11 @@ def num_tokens(rows: Rows, vocabulary_size: int) -> float:
     return max(rows.num_bytes - rows.num_rows * FRAME_BYTES, rows.num_bytes / 4) / each
 
 
-def _prepared_bytes(rows: Rows, vocabulary_size: int) -> int:
-    count = num_tokens(rows, vocabulary_size)
-    return int(count * (PAIR_TOKEN_BYTES if rows.are_pairs else TOKEN_BYTES) + rows.num_rows * ROW_BYTES + vocabulary_size * 8)
+def _prepared_bytes(rows: Rows, vocabulary_size: int, *, splits_pairs: bool) -> int:
+    is_split = rows.are_pairs and splits_pairs
+    each = SPLIT_TOKEN_BYTES if is_split else PAIR_TOKEN_BYTES if rows.are_pairs else TOKEN_BYTES
+    kept_rows = rows.num_rows * (2 if is_split else 1)
+    return int(num_tokens(rows, vocabulary_size) * each + kept_rows * ROW_BYTES + vocabulary_size * 8)
 
 
 def _join(data: Sequence[Content]) -> Rows:

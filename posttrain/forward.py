@@ -19,20 +19,23 @@ from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 from posttrain.batch import deal, sized_batches
 from posttrain.data.samples import IGNORED
+from posttrain.fsdp import reset
 from posttrain.head import score
 from posttrain.layout import (
     Group,
     Layout,
+    Masks,
     Unsupported,
     grid,
     lay_out,
+    making_masks,
     measure,
     number_sequences,
     pair_group,
     restore_attention,
     teach_attention,
-    without_mask,
 )
+from posttrain.sequence import ALONE, Piece, Team, why_never_exact
 
 Floats = npt.NDArray[np.float32]
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
@@ -42,11 +45,12 @@ PROBE = (((7, (9, 5)), (4, (3, 12))), ((1, (2, 2)), (23, (1, 31))))
 """Groups that layouts are compared on: lengths of a prompt and of its two answers."""
 
 
-def attach(model: PreTrainedModel, *, outputs: Collection[str] = ("log_probs",), temperature: float = 1.0) -> None:
+def attach(model: PreTrainedModel, *, outputs: Collection[str] = ("log_probs",), temperature: float = 1.0, team: Team = ALONE) -> None:
     """Replace the model's fused forward by ours; `outputs` are the fields of `head.Scores` that are wanted.
 
     Log-probabilities are those of softmax(logits / temperature). The forward without `fused_lm_head` stays the model's own, and so
-    does generation.
+    does generation. Ranks of a `team` each compute a piece of what they are all called with, and give the same answer; with
+    `whole=True` each computes all of it by itself.
     """
     scale, softcap = _logit_transform(model.config.get_text_config())
     scale, softcap = scale / temperature, None if softcap is None else softcap / temperature
@@ -56,43 +60,58 @@ def attach(model: PreTrainedModel, *, outputs: Collection[str] = ("log_probs",),
         with maybe_gather_lm_head_ctx(table.weight, table.bias):
             return score(hidden, table.weight, table.bias, targets, scale=scale, softcap=softcap, outputs=outputs)._asdict()
 
-    _attach(model, head)
+    _attach(model, head, team)
 
 
-def attach_rewards(model: PreTrainedModel) -> None:
+def attach_rewards(model: PreTrainedModel, *, team: Team = ALONE) -> None:
     """The same for a reward model: what its head says where a token is predicted stands in the place of that token's log-probability.
 
     So a group whose branches end with one more token, which alone is counted, is scored at the end of each branch.
     """
     score_head: Any = model.score
-    _attach(model, lambda hidden, _: {"log_probs": score_head(hidden)[:, 0].float()})
+    _attach(model, lambda hidden, _: {"log_probs": score_head(hidden)[:, 0].float()}, team)
 
 
-def _attach(model: PreTrainedModel, head: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]) -> None:
+def _attach(model: PreTrainedModel, head: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]], team: Team) -> None:
     """`head` is given hidden states `(N, H)` and the tokens `(N,)` to be predicted from them, and answers with fields `(N,)`."""
     plain = functools.partial(type(model).forward, model)
     config = model.config.get_text_config()
 
     @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, fused_lm_head: bool = False, laid: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, *args: Any, fused_lm_head: bool = False, laid: dict[str, Any] | None = None, whole: bool = False, **kwargs: Any
+    ) -> Any:
         if not fused_lm_head:
             return plain(*args, **kwargs)
         labels = kwargs.pop("labels")[:, 1:]
         mask = labels != IGNORED
         kwargs["use_cache"] = False
+        masks: Masks = "own"
         if laid is None:
-            backbone = self.base_model(*args, **kwargs)
-            hidden, targets = backbone.last_hidden_state[:, :-1][mask], labels[mask]
+            places = mask.reshape(-1).nonzero()[:, 0]
+            # Rows of what a model computes have a position more than those of the grid, whose first token nothing predicts.
+            predictors, targets = places + places // mask.shape[1], labels[mask]
         else:
-            kwargs |= {"input_ids": laid["input_ids"], "position_ids": laid["position_ids"], "attention_mask": None}
-            with without_mask():
-                backbone = self.base_model(**kwargs, laid=laid)
-            hidden, targets = backbone.last_hidden_state[0].index_select(0, laid["predictors"]), laid["targets"]
-        scores = head(hidden, targets)
-        # Selected positions are scored, and TRL reads a padded grid.
-        places = mask.reshape(-1).nonzero()[:, 0] if laid is None else laid["places"]
-        in_grid = {name: values.new_zeros(mask.numel()).index_copy(0, places, values).view(mask.shape) for name, values in scores.items()}
-        return FusedCausalLMOutput(label_mask=mask, aux_loss=_aux_loss(config, backbone, kwargs), **in_grid)
+            places, predictors, targets, masks = laid["places"], laid["predictors"], laid["targets"], "none"
+            kwargs |= {"input_ids": laid["input_ids"], "position_ids": laid["position_ids"], "attention_mask": None, "laid": laid}
+        piece = None
+        if not (whole or team.is_alone):
+            rows = kwargs["input_ids"]
+            piece = Piece(team, rows.shape[1])
+            positions = torch.arange(piece.length, device=rows.device)[None] if laid is None else kwargs["position_ids"]
+            kwargs |= {"input_ids": piece.cut(rows), "position_ids": piece.cut(positions), "piece": piece}
+            masks = "whole" if laid is None else "none"
+            mine, predictors = piece.find(predictors)
+            places, targets = places[mine], targets[mine]
+        with making_masks(masks):
+            backbone = self.base_model(*args, **kwargs)
+        scores = head(backbone.last_hidden_state.flatten(0, 1).index_select(0, predictors), targets)
+        # Selected positions are scored, and TRL reads a padded grid, into which it also writes: FSDP wants it to be no view.
+        cells = torch.unravel_index(places, mask.shape)
+        in_grid = {name: values.new_zeros(mask.shape).index_put(cells, values) for name, values in scores.items()}
+        if piece is not None:
+            in_grid = {name: team.sum(values) for name, values in in_grid.items()}
+        return FusedCausalLMOutput(label_mask=mask, aux_loss=_aux_loss(config, backbone, kwargs, piece), **in_grid)
 
     model.forward = types.MethodType(forward, model)
 
@@ -109,51 +128,74 @@ def _logit_transform(config: Any) -> tuple[float, float | None]:
     return 1.0, softcap
 
 
-def _aux_loss(config: Any, backbone: Any, kwargs: dict[str, Any]) -> Any:
+def _aux_loss(config: Any, backbone: Any, kwargs: dict[str, Any], piece: Piece | None) -> Any:
     """The load-balancing loss of a mixture of experts, where its router's logits were asked for."""
     if not kwargs.get("output_router_logits"):
         return None
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    return load_balancing_loss_func(backbone.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask"))
+    logits = backbone.router_logits
+    if piece is not None:
+        logits = tuple(piece.join(each.unflatten(0, (-1, piece.width))).flatten(0, 1) for each in logits)
+    return load_balancing_loss_func(logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask"))
 
 
-def exact_layouts(call: Callable[..., Any], model: PreTrainedModel, layouts: Sequence[Layout], longest: int) -> tuple[list[Layout], str]:
+def exact_layouts(
+    call: Callable[..., Any], model: PreTrainedModel, layouts: Sequence[Layout], longest: int, *, team: Team = ALONE
+) -> tuple[list[Layout], str]:
     """Those of `layouts` in which the model computes what it computes in padded rows, and why it is not all of them.
 
     Decided by what its config says of its attention, then by computing: the log-probabilities of random tokens in each
     layout are compared with those in padded rows. `call` is the attached model, or what wraps it; `longest` is the longest
     sequence to come, in tokens. All ranks call it.
+
+    The ranks of a `team` compare what they compute together with padded rows that each computes by itself. Raises `Unsupported` where
+    they are the same in no layout.
     """
-    if set(layouts) <= {"padded"}:
+    if set(layouts) <= {"padded"} and team.is_alone:
         return list(layouts), ""
-    if reason := _limit(model.config.get_text_config(), longest):
+    config = model.config.get_text_config()
+    reasons = []
+    if reason := _limit(config, longest):
+        layouts, reasons = ["padded"], [reason]
+    if team.is_alone and reasons:
         return ["padded"], reason
+    if not team.is_alone and (reason := why_never_exact(config, longest)):
+        raise Unsupported(reason)
     try:
         teach_attention(model)
     except (Unsupported, ValueError) as error:
+        if not team.is_alone:
+            raise Unsupported(str(error)) from error
         return ["padded"], str(error)
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = config.vocab_size
     draw = np.random.default_rng(0)
     exact: list[Layout] = []
-    reasons = []
+    # A piece of a row is no row to a model that looks at neighbours in other ways, and where it stumbles over that is its own.
+    refusals = (Unsupported, TypeError) if team.is_alone else (Unsupported, TypeError, RuntimeError, ValueError, IndexError)
     training = model.training
     model.eval()
-    for layout in layouts:
+    for layout in layouts if team.is_alone or "padded" in layouts else [*layouts, "padded"]:
+        if layout not in layouts and exact:
+            break  # it is there for want of what was asked for
         worst = 0.0
         try:
             for lengths in PROBE:
                 groups = [pair_group(_tokens(draw, vocabulary, p), [_tokens(draw, vocabulary, t) for t in ts]) for p, ts in lengths]
-                padded, laid = (score_batch(call, model, groups, name, pad=0)[0] for name in ("padded", layout))
+                padded = score_batch(call, model, groups, "padded", pad=0, whole=True)[0]
+                laid = score_batch(call, model, groups, layout, pad=0)[0]
                 worst = max(worst, *(float(np.abs(a - b).max()) for a, b in zip(padded, laid, strict=True)))
-        except (Unsupported, TypeError) as error:
-            reasons.append(f"{layout}: {error}")
+        except refusals as error:
+            reset(call)
+            reasons.append(f"{layout}: {' '.join(str(error).split())[:200]}")
             continue
-        if worst <= TOLERANCE.get(_computing_dtype(model), TOLERANCE[torch.bfloat16]):
+        if worst <= TOLERANCE.get(computing_dtype(model), TOLERANCE[torch.bfloat16]):
             exact.append(layout)
         else:
             reasons.append(f"{layout}: log-probabilities differ by {worst:.2g} from those in padded rows")
     model.train(training)
+    if not (exact or team.is_alone):
+        raise Unsupported("; ".join(reasons))
     return exact or ["padded"], "; ".join(reasons)
 
 
@@ -171,7 +213,8 @@ def _tokens(draw: np.random.Generator, vocabulary: int, count: int) -> list[int]
     return tokens
 
 
-def _computing_dtype(model: PreTrainedModel) -> torch.dtype:
+def computing_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The type that a model's matrices are multiplied in."""
     kind = model.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
 
@@ -181,11 +224,14 @@ def _computing_dtype(model: PreTrainedModel) -> torch.dtype:
 
 @torch.no_grad()
 def score_batch(
-    call: Callable[..., Any], model: PreTrainedModel, groups: Sequence[Group], layout: Layout, *, pad: int
+    call: Callable[..., Any], model: PreTrainedModel, groups: Sequence[Group], layout: Layout, *, pad: int, whole: bool = False
 ) -> list[list[Floats]]:
-    """The log-probability of every counted token, `[group][branch]` -> `(n,)`, of groups that are computed at once."""
+    """The log-probability of every counted token, `[group][branch]` -> `(n,)`, of groups that are computed at once.
+
+    `whole` is as in `attach`.
+    """
     batch = to_batch(groups, layout, pad)
-    output = call(**to_device(batch, model.device), fused_lm_head=True)
+    output = call(**to_device(batch, model.device), fused_lm_head=True, whole=whole)
     log_probs = output.log_probs.float().cpu().numpy()
     wanted = output.label_mask.cpu().numpy()
     found: list[list[Floats]] = [[] for _ in groups]
@@ -207,7 +253,7 @@ def score_all(
 ) -> list[list[Floats]]:
     """The log-probability of every counted token, `[group][branch]` -> `(n,)`, on every rank, computed by all of them.
 
-    `call` is the model, or what wraps it; it scores as in evaluation.
+    `call` is the model, or what wraps it; it scores as in evaluation. Ranks of a team have one number, and count as one.
     """
     training = model.training
     model.eval()
@@ -218,8 +264,9 @@ def score_all(
         found = score_batch(call, model, [groups[number] for number in micro_batch], layout, pad=pad)
         mine |= dict(zip(micro_batch, found, strict=True))
     model.train(training)
-    every: list[Any] = [mine] * world_size
-    if world_size > 1:
+    every: list[Any] = [mine]
+    if dist.is_initialized():
+        every *= dist.get_world_size()
         dist.all_gather_object(every, mine)
     merged = {number: branches for part in every for number, branches in part.items()}
     return [merged[number] for number in range(len(groups))]

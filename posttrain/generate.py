@@ -1,4 +1,4 @@
-"""Generation under a chat contract: greedy answers for evaluation, sampled ones to learn from, a conversation on the terminal.
+"""Generation under a chat contract: greedy answers for evaluation, sampled ones to learn from.
 
 Answers are decoded with a key-value cache, whose rows are the answers under way. What prompts begin with alike is read
 once; a row leaves the cache when its answer ends, and the next prompt takes its place. `model.generate` can do neither,
@@ -12,19 +12,16 @@ import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor, PreTrainedTokenizerBase, TextStreamer
+from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.utils.logging import disable_progress_bar
 
 from posttrain.batch import token_batches
-from posttrain.chat import ChatContract, check_contract, encode_prompt, read_contract
-from posttrain.error import UserError
+from posttrain.chat import ChatContract
 
 CACHE_BYTES = 2 * 2**30
 """Size of the key-value cache: so many answers are under way at a time."""
@@ -59,7 +56,7 @@ Choose = Callable[[Sequence["_Answer"], torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Completion:
-    """A sampled answer."""
+    """A generated answer."""
 
     ids: list[int]
     """Its tokens, the stop token at its end among them."""
@@ -90,8 +87,8 @@ def answer_all(
     *,
     max_new_tokens: int,
     tick: Callable[[int], None] = lambda done: None,
-) -> list[str]:
-    """The greedy answer to each prompt of token ids, without its stop token; `tick` is told how many are done.
+) -> list[Completion]:
+    """The greedy answer to each prompt of token ids; `tick` is told how many are done.
 
     The answers are those of `model.generate` for one prompt at a time, but for rounding.
     """
@@ -99,11 +96,11 @@ def answer_all(
         return []
     stops = set(stop_ids(tokenizer, contract))
     decoded = _answers(model, tokenizer, prompts, _likeliest, stops=stops, max_new_tokens=max_new_tokens, num_each=1)
-    answers = [""] * len(prompts)
-    for done, (index, tokens) in enumerate(decoded, 1):
-        answers[index] = decode(tokenizer, tokens[:-1] if tokens[-1] in stops else tokens)
-        tick(done)
-    return answers
+    answers: dict[int, Completion] = {}
+    for index, tokens in decoded:
+        answers[index] = Completion(tokens, tokens[-1] in stops, [0.0] * len(tokens))
+        tick(len(answers))
+    return [answers[index] for index in range(len(prompts))]
 
 
 def sample_all(
@@ -512,57 +509,3 @@ def _pad_left(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> t
     ids = torch.tensor([[pad_id] * (len(rows[0]) - len(row)) + row for row in rows], device=device)
     seen = torch.tensor([[False] * (len(rows[0]) - len(row)) + [True] * len(row) for row in rows], device=device)
     return ids, seen
-
-
-# --- conversation ----------------------------------------------------------------------------------------------------
-
-
-def chat(directory: Path, *, name: str, prompt: str | None) -> None:
-    """Talk to the policy in `directory` on the terminal, or put one question to it and print the answer."""
-    disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    contract = read_contract(directory)
-    if contract is None:
-        raise UserError(f"{directory}: has no chat contract, so it is no policy that a stage published")
-    check_contract(contract, tokenizer, str(directory))
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
-    if torch.cuda.is_available():
-        model.to("cuda")
-    messages: list[dict[str, str]] = []
-    if prompt is not None:
-        _reply(model, tokenizer, contract, [{"role": "user", "content": prompt}])
-        return
-    print(f"Talking to {name}. /new begins again, an empty line or Ctrl-D ends.")
-    while True:
-        try:
-            text = input("> ").strip()
-        except EOFError:
-            return
-        if not text:
-            return
-        if text == "/new":
-            messages = []
-            continue
-        try:
-            asked = [*messages, {"role": "user", "content": text}]
-            messages = [*asked, {"role": "assistant", "content": _reply(model, tokenizer, contract, asked)}]
-        except UserError as error:
-            print(error)
-
-
-def _reply(model: Any, tokenizer: PreTrainedTokenizerBase, contract: ChatContract, messages: list[dict[str, str]]) -> str:
-    ids = torch.tensor([encode_prompt(tokenizer, messages, None, "chat")], device=model.device)
-    room = model.config.get_text_config().max_position_embeddings - ids.shape[1]
-    if room < 1:
-        raise UserError(f"chat: the conversation has {ids.shape[1]} tokens, more than the model can read; begin again with /new")
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    generated = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=min(room, 1024),
-        do_sample=False,
-        eos_token_id=stop_ids(tokenizer, contract),
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=streamer,
-    )
-    return decode(tokenizer, generated[0, ids.shape[1] :].tolist())

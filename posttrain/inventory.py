@@ -13,11 +13,18 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from posttrain import artifact, checkpoint, disk, ledger
+from posttrain import artifact, checkpoint, disk, ledger, smoke
 from posttrain.error import UserError
 
 REMOVED = ".removed-"
 """What a file or directory is called from the moment that it is no longer there until it is deleted."""
+SHARED = (
+    (".prepared", "prepared.json", "prepared data"),
+    (".reference", "reference.json", "a reference"),
+    (".results", "results.json", "results of an evaluation"),
+    (".replies", "replies.json", "replies of a judge"),
+)
+"""What lies under the root for all runs: where, which file of a stage points to it, and what to call it."""
 OF_OTHERS = (".nfs", ".fuse_hidden", ".lease.")
 """How file systems name what was deleted while it was open, and processes their part of the lease; both go by themselves."""
 
@@ -76,21 +83,28 @@ def _pieces(run: str, directory: Path) -> Iterator[Piece]:
         yield Piece(run, stage, f"not checked: being built by {holder}", directory, 0, "", list)
         return
     yield from _output_pieces(run, directory)
-    for path in sorted((directory / "checkpoints").glob(f"{checkpoint.PREFIX}*")):
+    prefixes = (checkpoint.PREFIX, checkpoint.WEIGHTS_PREFIX)
+    for path in sorted(path for prefix in prefixes for path in (directory / "checkpoints").glob(f"{prefix}*")):
         if (path / checkpoint.MARKER).exists():  # else it was cut off, and is passed over
             mend = "delete it: what is before it is gone on from"
             yield Piece(run, stage, "checkpoint", path, disk.num_bytes(path), mend, partial(checkpoint.faults, path))
-    for name, what in (("prepared.json", "prepared data"), ("reference.json", "reference")):
+    for _, name, what in SHARED:
         try:
-            pointer = disk.read_json(directory / name)
-            entry = None if pointer is None else Path(pointer["path"])
+            entries = _entries(directory / name)
         except (OSError, ValueError, KeyError, TypeError) as error:
             said = f"{directory / name} is damaged ({error})"
             yield Piece(run, stage, what, directory / name, 0, "delete it: the next run writes it again", partial(list, [said]))
             continue
-        if entry is not None and (entry / disk.MANIFEST).exists():
-            mend = "delete it: the next run makes it again"
-            yield Piece(run, stage, what, entry, disk.num_bytes(entry), mend, partial(disk.entry_faults, entry, disk.hash_file))
+        for entry in entries:
+            if (entry / disk.MANIFEST).exists():
+                mend = "delete it: the next run makes it again"
+                yield Piece(run, stage, what, entry, disk.num_bytes(entry), mend, partial(disk.entry_faults, entry, disk.hash_file))
+
+
+def _entries(pointer: Path) -> list[Path]:
+    """The entries under the root that a stage points to."""
+    record = disk.read_json(pointer)
+    return [] if record is None else [Path(path) for path in record.get("paths") or [record["path"]]]
 
 
 def _output_pieces(run: str, directory: Path) -> Iterator[Piece]:
@@ -120,6 +134,8 @@ def list_spares(run: Path, root: Path) -> list[Spare]:
     """What of a run, and of what runs under `root` share, can be deleted."""
     spares = [_spare(path, "an old build", None) for path in sorted((run / ".old").glob("*/*"))]
     spares += [_spare(path, "left by a command that was killed", None) for path in sorted(run.glob(f"{REMOVED}*"))]
+    if (run / smoke.DIRECTORY).is_dir() and ledger.lease_holder(run / smoke.DIRECTORY) is None:
+        spares.append(_spare(run / smoke.DIRECTORY, "what a smoke that failed left", None))
     for directory in list_stages(run):
         if ledger.lease_holder(directory) is None:
             spares += _stage_spares(directory)
@@ -132,7 +148,8 @@ def _stage_spares(directory: Path) -> Iterator[Spare]:
         is_finished = artifact.read_artifact(directory) is not None
     except UserError:
         return  # damaged: nothing of it is deleted before that is mended
-    whole = {each.path for each in checkpoint.list_complete(directory / "checkpoints")}
+    prefixes = (checkpoint.PREFIX, checkpoint.WEIGHTS_PREFIX)
+    whole = {each.path for prefix in prefixes for each in checkpoint.list_complete(directory / "checkpoints", prefix)}
     if is_finished and (directory / "checkpoints").exists():
         yield _spare(directory / "checkpoints", "checkpoints of a finished stage", directory)
     elif not is_finished:
@@ -147,15 +164,15 @@ def _stage_spares(directory: Path) -> Iterator[Spare]:
 
 
 def _shared_spares(root: Path) -> Iterator[Spare]:
-    """Prepared data and references that no run points to. While a stage of any run is being built, all may be about to be read."""
+    """Prepared data, references and results that no run points to. While a stage of any run is being built, all may be about to be read."""
     if _is_building(root):
         return
-    for shared, name, what in ((".prepared", "prepared.json", "prepared data"), (".reference", "reference.json", "a reference")):
+    for shared, name, what in SHARED:
         used = set()
         for pointer in root.glob(f"*/*/{name}"):
             try:
-                used.add(Path(disk.read_json(pointer)["path"]).name)
-            except (OSError, ValueError, KeyError, TypeError):
+                used |= {entry.name for entry in _entries(pointer)}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 return  # who knows what it points to
         for path in sorted((root / shared).glob("*")):
             if path.name not in used and not path.name.startswith(OF_OTHERS) and path.suffix != ".lock":

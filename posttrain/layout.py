@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from posttrain.batch import Indices, Sizes
 from posttrain.data.samples import IGNORED
+from posttrain.sequence import Piece
 
 Layout = Literal["shared", "packed", "padded"]
 PREFIX = "posttrain_"
@@ -309,8 +310,15 @@ def _attention_for(original: str) -> Any:
         scaling: float | None = None,
         dropout: float = 0.0,
         laid: dict[str, Any] | None = None,
+        piece: Piece | None = None,
         **more: Any,
     ) -> tuple[torch.Tensor, Any]:
+        if piece is not None:
+            _check_piece(piece, query, key, attention_mask, more)
+            more.pop("position_ids", None)  # those of the piece; what a mask says of whole rows is said by the mask
+            module, query, key, value = piece.to_heads(module, query, key, value)
+            attended, _ = attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, laid=laid, **more)
+            return piece.to_columns(attended), None
         if laid is None:
             output: tuple[torch.Tensor, Any] = ALL_ATTENTION_FUNCTIONS[original](
                 module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **more
@@ -326,11 +334,27 @@ def _attention_for(original: str) -> Any:
         if more.get("is_causal") is False or not getattr(module, "is_causal", True):
             raise Unsupported("attention that is not causal")
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        if q.is_cuda and torch.is_autocast_enabled("cuda"):
+            # Rotation by positions leaves queries and keys in float32. Plain attention is one of autocast's own, the other is not.
+            q, k, v = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (q, k, v))
         fits_varlen = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not dropout and q.shape[-1] == v.shape[-1]
         attended = _attend_varlen(q, k, v, laid, scaling) if fits_varlen else _attend(q, k, v, laid, scaling, dropout)
         return attended[None], None
 
     return attention
+
+
+def _check_piece(piece: Piece, query: torch.Tensor, key: torch.Tensor, mask: Any, more: dict[str, Any]) -> None:
+    """Raise `Unsupported` where attention of this rank's heads to whole rows is not what the model wants."""
+    if query.shape[1] % piece.team.size:
+        raise Unsupported(f"attention with {query.shape[1]} heads, which {piece.team.size} ranks cannot share equally")
+    if not query.shape[2] == key.shape[2] == piece.width:
+        raise Unsupported("attention to something else than the tokens before")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[1] > 1:
+        raise Unsupported("an attention mask for each head")
+    for name, value in more.items():
+        if isinstance(value, torch.Tensor) and name != "position_ids":
+            raise Unsupported(f"attention with {name}")
 
 
 def teach_attention(model: PreTrainedModel) -> None:
@@ -351,23 +375,29 @@ def restore_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation(model.config._attn_implementation.removeprefix(PREFIX))
 
 
-_is_laid_out: ContextVar[bool] = ContextVar("_is_laid_out", default=False)
+Masks = Literal["own", "none", "whole"]
+_masks: ContextVar[Masks] = ContextVar("_masks", default="own")
 
 
 def _mask_for(original: str) -> Any:
     make = ALL_MASK_ATTENTION_FUNCTIONS[original]
 
-    def mask(*arguments: Any, **values: Any) -> Any:
-        return None if _is_laid_out.get() else make(*arguments, **values)
+    def mask(**values: Any) -> Any:
+        masks = _masks.get()
+        if masks == "none":
+            return None
+        # There are as many keys as the rows' own mask has columns, and queries are told by the piece.
+        return make(**(values | {"q_length": values["kv_length"]} if masks == "whole" else values))
 
     return mask
 
 
 @contextmanager
-def without_mask() -> Iterator[None]:
-    """While a model computes a packed layout, it makes no mask: `(N, N)` would be the largest tensor of all."""
-    token = _is_laid_out.set(True)
+def making_masks(masks: Masks) -> Iterator[None]:
+    """Which masks a model makes while it computes: none in a packed layout, where `(N, N)` would be the largest tensor of all, and
+    those of whole rows where it computes a piece of them."""
+    token = _masks.set(masks)
     try:
         yield
     finally:
-        _is_laid_out.reset(token)
+        _masks.reset(token)

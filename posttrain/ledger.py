@@ -9,10 +9,15 @@
                             output.json      size and hash of all that was published, until and after it is verified
                             artifact.json    written last: the stage finished
                             metrics.jsonl    one line for each logged step
+                            tensorboard/     the same as event files, where the stage reports to TensorBoard
+                            heldout.jsonl    what was measured on held-out rows, a line each time
+                            selected.json    which step was published, of those that were measured
                             progress.json    phase, step and speed, for who watches
-                            logs/attempt_N/  stdout and stderr of each rank, and what was prepared ahead
+                            logs/attempt_N/  stdout and stderr of each rank, where it was last, and what was prepared ahead
+                            smoke.json       how it fared when it was tried for two steps (`posttrain/smoke.py`)
     <root>/<run>/.old/<stage>/N/             what a rebuild moved aside
     <root>/<run>/.jobs/<stage>/              the stage's last job of Slurm (`posttrain/launch/jobs.py`)
+    <root>/<run>/.smoke/<stage>/             the stage while it is tried, and the logs of one that failed (`posttrain/smoke.py`)
     <root>/.prepared/  <root>/.hashes.json   shared by all runs
 
 Every file is replaced as a whole, so a reader at any moment sees a state that once was. Nothing here asks a file system for
@@ -59,7 +64,9 @@ BUILT = (
     *EVIDENCE,
     ARTIFACT_FILE,
     "metrics.jsonl",
+    "heldout.jsonl",
     "progress.json",
+    "tensorboard",
 )
 """All that a build leaves in the stage directory, beside its logs."""
 
@@ -86,6 +93,8 @@ class Attempt:
     token: str
     ahead: list[dict[str, Any]] = field(default_factory=list)
     """Stages that come later and whose rows can be prepared meanwhile: what `Foreseen` holds, as plain JSON."""
+    is_smoke: bool = False
+    """Whether the stage is only tried, on its longest samples."""
 
     def logs(self, directory: Path) -> Path:
         """Where the ranks of this attempt at the stage in `directory` write what they say."""
@@ -109,7 +118,7 @@ def read_attempt(directory: Path) -> Attempt | None:
 def start_attempt(
     directory: Path, *, stage: Stage[Any], name: str, run: str, root: Path, fingerprint: str, identity: Mapping[str, Any],
     config: StageConfig, inputs: dict[str, list[dict[str, Any]]], num_processes: int,
-    held_out: Sequence[dict[str, Any]] = (), ahead: Sequence[dict[str, Any]] = (),
+    held_out: Sequence[dict[str, Any]] = (), ahead: Sequence[dict[str, Any]] = (), is_smoke: bool = False,
 ) -> Attempt:  # fmt: skip
     """Write `stage.json` for a new attempt, with a log directory of its own."""
     logs = directory / "logs"
@@ -134,6 +143,7 @@ def start_attempt(
         started=now(),
         token=uuid.uuid4().hex,
         ahead=list(ahead),
+        is_smoke=is_smoke,
     )
     disk.write_json(directory / "stage.json", asdict(attempt))
     return attempt
@@ -157,6 +167,7 @@ def open_context(directory: Path, *, rank: int, local_rank: int, world_size: int
         rank=rank,
         local_rank=local_rank,
         world_size=world_size,
+        is_smoke=attempt.is_smoke,
     )
     return attempt, stage, context
 

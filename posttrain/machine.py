@@ -1,12 +1,17 @@
 """The machine: what a process that computes should set, and what this one can do."""
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event
 
 import torch
 
 from posttrain.parallel import num_cores
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+_is_kept = Event()
 
 
 def make_ready(local_world_size: int) -> None:
@@ -29,3 +34,31 @@ def keep_memory() -> None:
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, -1)  # never
     mallopt(M_TOP_PAD, 2**26)
+    _is_kept.set()
+
+
+def give_memory_back() -> None:
+    """Have the allocator give back what is free, and what will be: for work that holds much and computes little."""
+    try:
+        library = ctypes.CDLL(None)
+        mallopt, trim = library.mallopt, library.malloc_trim
+    except (OSError, AttributeError):
+        return
+    mallopt(M_MMAP_MAX, 2**16)  # these three are glibc's own
+    mallopt(M_TRIM_THRESHOLD, 2**17)
+    mallopt(M_TOP_PAD, 0)
+    trim(0)
+    _is_kept.clear()
+
+
+@contextmanager
+def giving_memory_back() -> Iterator[None]:
+    """Have no memory kept for a while, where it is: it stays in holes that large tensors of other sizes do not fit into."""
+    if not _is_kept.is_set():
+        yield
+        return
+    give_memory_back()
+    try:
+        yield
+    finally:
+        keep_memory()

@@ -12,7 +12,7 @@ p_i are the weights of policy i, w_i its share, 1 in sum. Differences from the p
 election of signs too; 2. the largest changes are kept of each tensor, not of all tensors together, as in peft and mergekit;
 3. slerp takes vectors of unequal length as they are. Pruning and the election of signs are peft's.
 
-Everything is computed in fp32, a tensor at a time, read from the policies' files; only what comes out is ever held whole.
+Everything is computed in fp32, a tensor at a time, read from the policies' files; beside it one file of what comes out is held.
 """
 
 import math
@@ -37,6 +37,7 @@ from posttrain.footprint import read_header
 from posttrain.models import (
     PROBE_TOKENS,
     check_weights,
+    compute_in_float32,
     load_policy,
     load_tokenizer,
     publish,
@@ -47,6 +48,8 @@ from posttrain.models import (
     weight_files,
 )
 from posttrain.progress import Progress
+from posttrain.recipe import MAX_SHARD_BYTES
+from posttrain.shards import INDEX, split, write_index
 from posttrain.stage import Input, StageContext
 
 Method = Literal["linear", "slerp", "ties", "dare_linear", "dare_ties"]
@@ -265,10 +268,12 @@ def merge_policies(context: StageContext[Any]) -> dict[str, float]:
     distances = _write(context, opened, aside, progress)
     progress.phase("publish")
     first = opened.policies[0].given
-    # It is loaded as any policy is, which checks that every weight is there, and published as one that was trained.
+    # It is loaded as any policy is, which checks that every weight is there, and published as one that was trained. What is stored in that
+    # type is mapped into memory, and read a tensor at a time.
+    dtype = stored_dtype(first.model)
     source = first.model.model_copy(update={"model": str(aside), "revision": None})
-    model = load_policy(source, opened.tokenizer, opened.contract, context.at, dtype=torch.float32)
-    shutil.rmtree(aside)  # so that the disk never holds it twice
+    model = load_policy(source, opened.tokenizer, opened.contract, context.at, dtype=dtype)
+    compute_in_float32(model)
     probe_ids = np.random.default_rng(0).integers(0, len(opened.tokenizer), (2, PROBE_TOKENS)).tolist()
     publish(
         context,
@@ -277,15 +282,15 @@ def merge_policies(context: StageContext[Any]) -> dict[str, float]:
         opened.contract,
         probe_ids,
         given=first,
-        kind="policy",
-        dtype=stored_dtype(first.model),
+        dtype=dtype,
         forward=model,
     )
+    shutil.rmtree(aside, ignore_errors=True)  # else it goes with what training stages leave there
     return distances
 
 
 def _write(context: StageContext[Any], opened: Opened, into: Path, progress: Progress) -> dict[str, float]:
-    """Write the merged weights, in files like those of the first policy, and beside them what else says how to load it."""
+    """Write the merged weights, in the types of the first policy, and beside them what else says how to load it."""
     config = context.config
     first = opened.policies[0]
     names = [policy.given.name for policy in opened.policies]
@@ -293,9 +298,10 @@ def _write(context: StageContext[Any], opened: Opened, into: Path, progress: Pro
     weights = [weight / sum(weights) for weight in weights]
     progress.phase("merge", len(first.files))
     lengths, differences, done = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0), 0
-    for file in dict.fromkeys(first.files.values()):
+    files = split({name: first.read(name).nbytes for name in first.files}, MAX_SHARD_BYTES)
+    for file, held in files.filename_to_tensors.items():
         merged = {}
-        for name in [name for name, holder in first.files.items() if holder == file]:
+        for name in held:
             stored = [policy.read(name) for policy in opened.policies]
             merged[name] = stored[0]
             if stored[0].is_floating_point():
@@ -316,8 +322,9 @@ def _write(context: StageContext[Any], opened: Opened, into: Path, progress: Pro
                     differences[policy] += float(vector_norm(made - tensor, dtype=torch.float64)) ** 2
             done += 1
             progress.step(done)
-        save_file(merged, str(into / file.name), metadata={"format": "pt"})
+        save_file(merged, str(into / file), metadata={"format": "pt"})
+    write_index(into, files)
     for path in next(iter(first.files.values())).parent.glob("*"):
-        if path.suffix in (".json", ".py"):
+        if path.suffix in (".json", ".py") and path.name != INDEX:
             shutil.copyfile(path, into / path.name)
     return {f"distance from {name}": math.sqrt(differences[name] / lengths[name]) if lengths[name] else 0.0 for name in names}

@@ -5,7 +5,6 @@ the trained model, logits on a probe batch against those of the live model, and 
 """
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -27,13 +26,18 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from posttrain import disk
+from posttrain.adapters import Adapted
 from posttrain.artifact import OUTPUT
 from posttrain.chat import ChatContract, adopt, apply_to_generation, check_contract, establish, read_contract
 from posttrain.config import ModelSource
 from posttrain.error import Preempted, UserError
-from posttrain.recipe import LoraRecipe, TrainingConfig
+from posttrain.fsdp import PREFIX, gathered_beside_layers, reshard
+from posttrain.machine import give_memory_back, giving_memory_back
+from posttrain.recipe import MAX_SHARD_BYTES, LoraRecipe, TrainingConfig
 from posttrain.sandbox import MAX_TEMPLATE_CHARS
+from posttrain.saver import any_rank
 from posttrain.stage import ArtifactKind, Input, StageContext
+from posttrain.weights import Trained, Weights, describe, gather_state, gathered, open_stored, tensors_of, write_weights
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -61,11 +65,7 @@ def load_tokenizer(
     Reads no weights. Raises `UserError` where the model's files are no model, and where a policy with a contract is asked to change it.
     """
     source = given.model
-    check_files(given, at)
-    with _explain(source, f"{at}: {given.name}"):
-        tokenizer = AutoTokenizer.from_pretrained(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
-    if not len(tokenizer):
-        raise UserError(f"{at}: {given.name}: {source.model} holds no tokenizer; copy the tokenizer files of the model there")
+    tokenizer = load_bare_tokenizer(given, at)
     own = read_contract(Path(source.model))
     template = _read_template(chat_template, at)
     if own is not None:
@@ -81,6 +81,17 @@ def load_tokenizer(
         return tokenizer, contract
     generation = load_generation_config(source)
     return tokenizer, establish(tokenizer, generation, template=template, system_prompt=system_prompt, at=at)
+
+
+def load_bare_tokenizer(given: Input, at: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a policy as it lies there. Raises `UserError` where the model's files are no model."""
+    source = given.model
+    check_files(given, at)
+    with _explain(source, f"{at}: {given.name}"):
+        tokenizer = AutoTokenizer.from_pretrained(source.model, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    if not len(tokenizer):
+        raise UserError(f"{at}: {given.name}: {source.model} holds no tokenizer; copy the tokenizer files of the model there")
+    return tokenizer
 
 
 def check_files(given: Input, at: str) -> None:
@@ -179,12 +190,18 @@ def check_weights(given: Input, at: str) -> None:
         AutoConfig.from_pretrained(source.model, trust_remote_code=source.trust_remote_code)
 
 
-def weight_files(given: Input, at: str) -> list[Path]:
-    """The safetensors that hold a model's weights, fetched from the Hub where they are not here yet. Raises `UserError`."""
+def weight_files(given: Input, at: str, *, or_pickles: bool = False) -> list[Path]:
+    """The safetensors that hold a model's weights, fetched from the Hub where they are not here yet; or pickles, where there are none.
+
+    Raises `UserError`.
+    """
     source, at = given.model, f"{at}: {given.name}"
-    found = next((path for name in WEIGHTS if (path := _find(source, name))), None)
+    settings = _find(source, "config.json")
+    told = None if settings is None else _read_settings(settings, at).get("transformers_weights")
+    names = [told] if told else [*WEIGHTS, *PICKLES] if or_pickles else WEIGHTS
+    found = next((path for name in names if (path := _find(source, name))), None)
     if found is None:
-        raise UserError(f"{at}: {source.model} holds none of {', '.join(WEIGHTS)}, and nothing else is read here; convert its weights")
+        raise UserError(f"{at}: {source.model} holds none of {', '.join(names)}, and nothing else is read here; convert its weights")
     if found.suffix != ".json":
         return [found]
     for name in set(_read_settings(found, at).get("weight_map", {}).values()):
@@ -229,10 +246,15 @@ def load_policy(
     `dtype` is a torch type or `auto`, the stored one; `options` are further ones of `from_pretrained`. Under DeepSpeed ZeRO-3 the
     weights are sharded while they are read.
     """
-    model = _load(AutoModelForCausalLM, source, at, dtype=dtype, **options)
+    model = load_bare_policy(source, at, dtype=dtype, **options)
     _add_tokens(model, tokenizer, contract)
     apply_to_generation(contract, tokenizer, model)
     return model
+
+
+def load_bare_policy(source: ModelSource, at: str, *, dtype: Any, **options: Any) -> PreTrainedModel:
+    """A causal language model as it lies there, which knows of no contract; the options are those of `load_policy`."""
+    return _load(AutoModelForCausalLM, source, at, dtype=dtype, **options)
 
 
 def load_reward_model(
@@ -264,7 +286,7 @@ def load_reward_model(
 
 def _load(auto_class: Any, source: ModelSource, at: str, *, new: Sequence[str] = (), **options: Any) -> PreTrainedModel:
     """The model, all of whose weights are there but those that may be `new`."""
-    with _explain(source, at):
+    with _explain(source, at), giving_memory_back():
         loaded: Any = auto_class.from_pretrained(
             source.model,
             revision=source.revision,
@@ -373,35 +395,8 @@ def train_new_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             return kept
 
         table.weight.requires_grad_(True)
-        table.weight.register_hook(only_new)
-
-
-@contextlib.contextmanager
-def gathered(parameters: list[torch.nn.Parameter], *, modify: bool = False) -> Iterator[None]:
-    """The whole of parameters that DeepSpeed ZeRO-3 shards, on every rank; with `modify`, rank 0's changes are kept."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None):
-        yield
-
-
-def gather_state(model: torch.nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
-    """Every parameter and persistent buffer, whole, on the CPU, where `keep`; all ranks must call it.
-
-    One parameter at a time, so no rank ever holds more than one of them beside its shards.
-    """
-    state = {}
-    for name, parameter in model.named_parameters():
-        with gathered([parameter]):
-            if keep:
-                state[name] = parameter.detach().to("cpu", copy=True)
-    if keep:
-        persistent = model.state_dict().keys()
-        state |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in model.named_buffers() if name in persistent}
-    return state
+        with gathered_beside_layers(model):
+            table.weight.register_hook(only_new)
 
 
 def publish(
@@ -412,59 +407,55 @@ def publish(
     probe_ids: list[list[int]],
     *,
     given: Input,
-    kind: ArtifactKind,
     dtype: torch.dtype,
     forward: torch.nn.Module,
+    max_shard_size: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the trained model to the stage's output, with all that its verification needs. All ranks call it.
 
-    `model` is the bare (or peft) model, `forward` what computes its logits in training (the DeepSpeed engine, say). A
-    LoRA model is merged into the input policy, read anew, and its adapter is kept beside it.
+    `model` is the bare (or peft) model, `forward` what computes its logits in training (the DeepSpeed engine, say). Ranks write the
+    files of weights in turn, so that none ever holds more than its shards and one such file. Adapters are merged into the weights of the
+    input policy as these are written, and lie beside them too.
     """
     logits = _probe(forward, model, probe_ids)
-    if hasattr(forward, "empty_partition_cache"):
-        forward.empty_partition_cache()  # type: ignore[operator]  # ZeRO-3 fetches ahead, also beyond the last forward pass
-    state = gather_state(model, keep=context.is_main)
+    release(forward)
+    if context.is_main:
+        shutil.rmtree(context.output, ignore_errors=True)
+        context.output.mkdir(parents=True)
+        save_file({"ids": torch.tensor(probe_ids), "logits": logits}, str(context.directory / PROBE_FILE))
+    any_rank(False)  # the directory is there
+    weights: Weights
+    if hasattr(model, "peft_config"):
+        state = gather_state({name: tensor for name, tensor in tensors_of(model).items() if tensor.requires_grad}, keep=context.is_main)
+        if context.is_main:
+            adapted: Any = model
+            brings_tokens = _brings_tokens(adapted.get_base_model(), contract)
+            adapted.save_pretrained(context.output / ADAPTER, state_dict=state, save_embedding_layers=brings_tokens)
+        del state
+        weights = Adapted(model, open_stored(weight_files(given, context.at, or_pickles=given.model.allow_pickle)))
+    else:
+        weights = Trained(model)
+    described = write_weights(context, weights, dtype, max_shard_size)
     if not context.is_main:
         return
-    shutil.rmtree(context.output, ignore_errors=True)
-    context.output.mkdir(parents=True)
-    save_file({"ids": torch.tensor(probe_ids), "logits": logits}, str(context.directory / PROBE_FILE))
-    if hasattr(model, "peft_config"):
-        model, state = _merge(context, model, state, tokenizer, contract, given, kind)
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    model.save_pretrained(context.output, state_dict=state)
+    model = weights.model
+    model.config.architectures = [type(model).__name__.removeprefix(PREFIX)]
+    if model.can_generate():
+        model.generation_config.save_pretrained(context.output)
     model.config.dtype = dtype  # after the weights: saving them writes down the type they were trained in
     model.config.save_pretrained(context.output)
     tokenizer.save_pretrained(context.output)
     contract.save(context.output)
-    disk.write_json(context.directory / PUBLISHED_FILE, {"tensors": {name: _describe(tensor) for name, tensor in state.items()}})
+    disk.write_json(context.directory / PUBLISHED_FILE, {"tensors": described})
 
 
-def _merge(
-    context: StageContext[Any],
-    model: Any,
-    state: dict[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    contract: ChatContract,
-    given: Input,
-    kind: ArtifactKind,
-) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    from peft import PeftModel
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    adapter = context.output / ADAPTER
-    model.save_pretrained(adapter, state_dict=state, save_embedding_layers=_brings_tokens(model, contract))
-    unset_hf_deepspeed_config()  # the merge happens on this rank alone, in whole weights
-    quantized = quantization(context.config.lora, loaded_dtype(context.config))
-    # Rounded to 4 bits once more, and back: adapters that made good for the rounding do not fit weights without it.
-    base = LOADERS[kind](
-        given.model, tokenizer, contract, context.at, dtype=loaded_dtype(context.config) if quantized else torch.float32, **quantized
-    )
-    if quantized:
-        base = base.dequantize(torch.float32)
-    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    return merged, gather_state(merged, keep=True)
+def release(forward: torch.nn.Module) -> None:
+    """Have ranks hold their shards alone, and give back what they held beside them, now that they train no more. All ranks call it."""
+    if hasattr(forward, "empty_partition_cache"):
+        forward.empty_partition_cache()  # type: ignore[operator]  # ZeRO-3 fetches ahead, also beyond the last pass
+    reshard(forward)
+    give_memory_back()
+    any_rank(False)  # none holds more while others go on
 
 
 def probe_rows(dataset: Any, columns: tuple[str, ...], count: int = 2) -> list[list[int]]:
@@ -486,6 +477,36 @@ def _probe(forward: torch.nn.Module, model: PreTrainedModel, ids: list[list[int]
     return logits.float().cpu().contiguous()
 
 
+def compute_in_float32(model: Any) -> None:
+    """Have a model compute in float32, as if all of it were that, while its weights stay as they are: a layer is cast for its own pass."""
+
+    def cast_for_pass(module: torch.nn.Module, tensors: list[torch.Tensor]) -> None:
+        kept: list[torch.Tensor] = []
+
+        def before(*_: Any) -> None:
+            kept.extend(tensor.data for tensor in tensors)
+            for tensor in tensors:
+                tensor.data = tensor.data.float()
+
+        def after(*_: Any) -> None:
+            for tensor, data in zip(tensors, kept, strict=True):
+                tensor.data = data
+            kept.clear()
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+    def visit(module: torch.nn.Module) -> None:
+        is_layer = type(module).__name__ in (model._no_split_modules or ())
+        own = [*module.parameters(recurse=is_layer), *module.buffers(recurse=is_layer)]
+        if lower := [tensor for tensor in own if tensor.is_floating_point() and tensor.dtype != torch.float32]:
+            cast_for_pass(module, lower)
+        for child in () if is_layer else module.children():
+            visit(child)
+
+    visit(model)
+
+
 def verify_published(context: StageContext[Any], kind: ArtifactKind) -> dict[str, float]:
     """Reload the stage's output as any user would, and compare it with the live model. Raises `UserError` on a mismatch.
 
@@ -497,18 +518,19 @@ def verify_published(context: StageContext[Any], kind: ArtifactKind) -> dict[str
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]) + sorted(loading["unexpected_keys"]):
         raise RuntimeError(f"{at}: reloading it misses or invents tensors: {missing[:5]}")
-    state = gather_state(model, keep=True)
+    state = tensors_of(model)
     promised = disk.read_json(context.directory / PUBLISHED_FILE)["tensors"]
     tied = {name for name in promised if name not in state}
     if tied and not model.config.tie_word_embeddings:
         raise RuntimeError(f"{at}: {sorted(tied)[:5]} are gone after reloading")
     for name, tensor in state.items():
-        if promised.get(name) != _describe(tensor):
-            raise RuntimeError(f"{at}: tensor {name} is {_describe(tensor)} after reloading, and was {promised.get(name)}")
+        if promised.get(name) != describe(tensor):
+            raise RuntimeError(f"{at}: tensor {name} is {describe(tensor)} after reloading, and was {promised.get(name)}")
     tokenizer = AutoTokenizer.from_pretrained(output)
     _verify_contract(output, tokenizer, model, at)
     probe = load_file(str(context.directory / PROBE_FILE))
-    logits = _probe(model.float(), model, probe["ids"].tolist())
+    compute_in_float32(model)
+    logits = _probe(model, model, probe["ids"].tolist())
     live = probe["logits"]
     if logits.shape != live.shape:
         raise RuntimeError(f"{at}: logits have shape {tuple(logits.shape)} after reloading, and had {tuple(live.shape)}")
@@ -543,12 +565,6 @@ def _coarsest(context: StageContext[Any], tensors: dict[str, list[Any]]) -> torc
     if context.config.uses_bf16 or (lora is not None and lora.load_in_4bit):  # some kernels for 4 bits compute in bfloat16 alone
         names.add("bfloat16")
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if str(dtype).removeprefix("torch.") in names), torch.float32)
-
-
-def _describe(tensor: torch.Tensor) -> list[Any]:
-    """Shape, type and hash of a tensor's bytes, as plain JSON."""
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return [list(tensor.shape), str(tensor.dtype).removeprefix("torch."), hashlib.sha256(data).hexdigest()]
 
 
 def _read_template(chat_template: str | None, at: str) -> str | None:

@@ -8,6 +8,8 @@ With P parameters, T of them trained, N ranks, and e bytes of a number in the fo
     optimizer     8 T                 12 T / N      12 T / N         12 T / N       AdamW; of it 4 are weights in float32
                                       (Rajbhandari et al., 2020, arXiv 1910.02054, sec. 3.1 and 5: 2 + 2 + 12 bytes)
 
+FSDP divides what there is without DeepSpeed by N, all of it, and computes with weights that it gathers at e bytes a number.
+
 and beside them activations, which are counted by what PyTorch keeps for the backward pass, as Korthikanti et al., 2022 (arXiv
 2205.05198, sec. 4.1) do, with their 34 s b h of a layer of GPT becoming what `_layer_bytes` says of the layers of today; logits of
 scored positions (`posttrain/head.py`); the buffers of whoever sums up gradients; in RLHF a frozen reference, reward models and a
@@ -35,12 +37,8 @@ from typing import Any
 from posttrain.config import ModelSource
 from posttrain.footprint import Rows, is_table, num_tokens, read_header
 from posttrain.hardware import Hardware
-from posttrain.recipe import TrainingConfig
+from posttrain.recipe import MAX_SHARD_BYTES, MOST_TOKENS, SHARE_OF_MEMORY, TrainingConfig
 
-MOST_TOKENS = {False: 1024, True: 16384}
-"""Tokens at once on a CPU and on a GPU, as `settle` has them."""
-SHARE_OF_MEMORY = 0.5
-"""Share of the free memory that activations may take, as in `settle`."""
 KEPT_BYTES = 2**29
 """Probabilities that the head keeps for the backward pass, as in `head`."""
 PROJECTED_AT_ONCE = 256
@@ -182,8 +180,11 @@ class Job:
     world_size: int
     per_node: int
     """Ranks on each node."""
+    team_size: int = 1
+    """Ranks that compute a sample together."""
     zero_stage: int | None = None
     """None is training without DeepSpeed."""
+    fsdp: str | None = None
     offload_optimizer: bool = False
     offload_weights: bool = False
     bucket_numbers: int | None = None
@@ -204,6 +205,8 @@ class Job:
     is_eager: bool = False
     """Whether attention keeps its scores, the square of a sequence."""
     has_liger: bool = False
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    """Largest file of published weights."""
     num_steps: int | None = None
     """None where it is not known."""
     tokens_per_row: float | None = None
@@ -225,7 +228,12 @@ class Job:
     @property
     def is_sharded(self) -> bool:
         """Whether each rank holds a share of the weights alone."""
-        return self.zero_stage == 3
+        return self.zero_stage == 3 or self.fsdp is not None
+
+    @property
+    def is_lowered(self) -> bool:
+        """Whether the weights that are computed with are in the type of the forward pass, and not cast to it by autocast."""
+        return self.is_deepspeed or self.fsdp is not None
 
     @property
     def sequences(self) -> int:
@@ -259,7 +267,9 @@ def job_of(
         kind=kind,
         world_size=world_size,
         per_node=per_node,
+        team_size=config.sequence_parallel_size,
         zero_stage=(stage if stage in (1, 2, 3) else 0) if config.deepspeed else None,
+        fsdp=config.fsdp if world_size > 1 else None,
         offload_optimizer=_is_offloaded(zero.get("offload_optimizer")),
         offload_weights=_is_offloaded(zero.get("offload_param")),
         bucket_numbers=int(bucket) if isinstance(bucket, int | float) and math.isfinite(bucket) else None,
@@ -276,6 +286,7 @@ def job_of(
         max_completion_length=completion if kind == "rlhf" else 0,
         has_liger=is_gpu and find_spec("liger_kernel") is not None,
         is_eager=config.attn_implementation == "eager",
+        max_shard_bytes=config.max_shard_size,
         num_steps=num_steps,
         tokens_per_row=per_row,
         is_referenced=kind == "rlhf" and config.lora is None and bool(getattr(config, "beta", 0) or getattr(config, "kl_budget", None)),
@@ -329,7 +340,7 @@ class Memory:
     host: int
     """What is offloaded, on a GPU."""
     publishing: int
-    """What is published, in the memory of the machine of the first rank; adapters are merged into weights read anew."""
+    """What a rank puts together and writes at a time of what is published, in the memory of its machine."""
     saving: int
     """The copy of a checkpoint that is being written, in the memory of the machine; where that has no room for it, there is none."""
 
@@ -356,10 +367,10 @@ class Computed:
 
 def settle(shape: Shape, job: Job, hardware: Hardware | None) -> Computed:
     """How many tokens a rank computes at once, and whether activations are computed again (`posttrain/settle.py`)."""
-    longest = job.max_length * job.sequences
+    longest = math.ceil(job.max_length * job.sequences / job.team_size)  # tokens of a rank's piece of it
     each = token_bytes(shape, job, recompute=False) + _logit_bytes(shape, job, 1)
     is_gpu = hardware is None or hardware.is_gpu
-    recompute, most = bool(job.recompute), MOST_TOKENS[is_gpu]
+    recompute, most = bool(job.recompute), MOST_TOKENS["cuda" if is_gpu else "cpu"]
     free = math.inf
     if hardware is not None:
         held = sum(_states(shape, job, is_apart=is_gpu)[:3]) + _bucket_bytes(shape, job) + _frozen_bytes(shape, job)
@@ -370,9 +381,9 @@ def settle(shape: Shape, job: Job, hardware: Hardware | None) -> Computed:
         each = token_bytes(shape, job, recompute=True) + _logit_bytes(shape, job, 1)
     tokens = job.micro_batch_tokens or max(1, int(min(most, SHARE_OF_MEMORY * free / max(1, each))))
     # A rank never computes more at once than its share of a step; a sample that is longer stands alone.
-    of_rank = math.ceil(job.global_batch_size / job.world_size) * job.num_generations * longest
+    of_rank = math.ceil(job.global_batch_size * job.team_size / job.world_size) * job.num_generations * longest
     tokens = min(max(tokens, longest), of_rank)
-    mean = job.tokens_per_row if job.tokens_per_row is not None else longest
+    mean = job.tokens_per_row if job.tokens_per_row is not None else job.max_length * job.sequences
     total = job.global_batch_size / job.world_size * job.num_generations * (mean + job.max_completion_length)
     return Computed(tokens, recompute, max(1, math.ceil(total / tokens)))
 
@@ -394,13 +405,15 @@ def phases(shape: Shape, job: Job, hardware: Hardware | None) -> list[Memory]:
     activations = tokens * token_bytes(shape, job, recompute=computed.recompute) + at_hand
     logits = _logit_bytes(shape, job, tokens) + PROJECTED_AT_ONCE * shape.vocabulary_size * 12
     gathered = 0
-    if job.is_sharded:
+    if job.fsdp is not None:
+        layers = whole if job.fsdp == "shard_grad_op" else whole - (shape.num_layers - 2) * shape.largest_layer  # one ahead of its time
+        gathered = job.e * min(whole, layers)
+    elif job.is_sharded:
         gathered = job.e * min(whole, NUMBERS_ALIVE)  # into places of their own, beside this rank's share
     elif job.bf16 and not job.is_deepspeed and is_full:
         gathered = 2 * (shape.linear_parameters + shape.head_parameters)  # autocast keeps a micro-batch's weights in bfloat16
     # The gradient of the head is made whole before it is added up; where tables are tied, that of the input vectors is too.
     momentary = job.e * shape.head_parameters if is_full and job.kind != "reward" else 0
-    publishing = 4 * whole * (1 if is_full else 2)
     saving = (4 + job.moment_bytes) * trained // n
     idle = Memory(
         phase="train",
@@ -414,11 +427,11 @@ def phases(shape: Shape, job: Job, hardware: Hardware | None) -> list[Memory]:
         cache=0,
         runtime=0 if hardware is None else hardware.runtime_bytes,
         host=host,
-        publishing=publishing,
+        publishing=_publishing_bytes(shape, job),
         saving=saving,
     )
     # Where a step is one micro-batch, gradients come as activations go; ZeRO-3 has a place for them from the start.
-    accumulated = gradients if computed.num_micro_batches > 1 or job.is_sharded else 0
+    accumulated = gradients if computed.num_micro_batches > 1 or job.zero_stage == 3 else 0
     busy = idle.buffers + gathered + momentary
     found = [replace(idle, gradients=accumulated, activations=activations, logits=logits, buffers=busy)]
     if computed.recompute:
@@ -430,13 +443,13 @@ def phases(shape: Shape, job: Job, hardware: Hardware | None) -> list[Memory]:
         sampled += job.e * whole if job.is_sharded else 0
         found.append(replace(idle, phase="sample", cache=_cache_bytes(shape, job), buffers=sampled))
     if not is_apart:
-        found.append(replace(idle, phase="publish", buffers=idle.buffers + publishing))
+        found.append(replace(idle, phase="publish", buffers=idle.buffers + idle.publishing))
     return found
 
 
 def token_bytes(shape: Shape, job: Job, *, recompute: bool) -> int:
     """Bytes that a forward pass keeps of each token through all layers, the head not counted; recomputed, the layers' inputs alone."""
-    stream = 4 if job.bf16 and not job.is_deepspeed and job.num_trained is None else job.e
+    stream = 4 if job.bf16 and not job.is_lowered and job.num_trained is None else job.e
     if recompute:
         return shape.num_layers * shape.hidden_size * stream + 3 * shape.hidden_size * job.e
     return shape.num_layers * _layer_bytes(shape, job) + 3 * shape.hidden_size * job.e
@@ -456,9 +469,9 @@ def _layer_bytes(shape: Shape, job: Job) -> int:
     is_full = job.num_trained is None
     if not job.bf16:
         kept = 4 * ((6 if is_full else 4) * h + 3 * a + 2 * k + inner)
-    elif job.is_deepspeed and job.has_liger and is_full:
+    elif job.is_lowered and job.has_liger and is_full:
         kept = 8 * h + 2 * (2 * a + 2 * k + inner - (i if shape.is_gated else 0))
-    elif job.is_deepspeed:
+    elif job.is_lowered:
         kept = (16 if is_full else 12) * h + 2 * (2 * a + 2 * k + inner)
     elif is_full:
         kept = 26 * h + 2 * (3 * a + 2 * k + inner)
@@ -496,7 +509,7 @@ def _weight_bytes(shape: Shape, job: Job) -> int:
 def _states(shape: Shape, job: Job, *, is_apart: bool) -> tuple[int, int, int, int]:
     """Bytes of weights, gradients and the optimizer's state on a rank's device, and of what is offloaded where that is another memory."""
     weights, optimizer = _weight_bytes(shape, job), _optimizer_bytes(shape, job)
-    is_split = job.zero_stage in (2, 3)
+    is_split = job.zero_stage == 2 or job.is_sharded
     gradients = (job.e if job.is_deepspeed else 4) * _trained(shape, job) // (job.world_size if is_split else 1)
     host = 0
     if job.offload_optimizer and is_apart:
@@ -521,13 +534,16 @@ def _optimizer_bytes(shape: Shape, job: Job) -> int:
     """Moments, and under DeepSpeed the weights in float32, a copy also where they are that already."""
     trained = _trained(shape, job)
     if not job.is_deepspeed:
-        return job.moment_bytes * trained
+        return job.moment_bytes * trained // (job.world_size if job.is_sharded else 1)
     return (job.moment_bytes + 4) * trained // (job.world_size if job.zero_stage else 1)
 
 
 def _bucket_bytes(shape: Shape, job: Job) -> int:
-    """What whoever sums up gradients holds all along: DDP a copy of them all, ZeRO a bucket, and ZeRO-2 and 3 another one under way."""
+    """What whoever sums up gradients holds: DDP a copy of them all, ZeRO a bucket, and ZeRO-2 and 3 another one under way, FSDP those
+    of a layer, or of all that is beside layers."""
     trained = _trained(shape, job)
+    if job.fsdp is not None:
+        return 4 * min(trained, max(shape.largest_layer, shape.num_parameters - shape.num_layers * shape.largest_layer))
     if not job.is_deepspeed:
         return 4 * trained if job.world_size > 1 else 0
     bucket = min(trained, job.bucket_numbers or shape.hidden_size**2)
@@ -551,6 +567,12 @@ def _step_bytes(shape: Shape, job: Job) -> int:
     if job.is_sharded:
         return 4 * min(mine, NUMBERS_ALIVE) if job.bf16 else 0
     return (job.e + (4 if job.bf16 else 0)) * mine
+
+
+def _publishing_bytes(shape: Shape, job: Job) -> int:
+    """One file of weights, the layer at hand in float32, as of the rank that verifies, and the adapters that the first rank writes."""
+    file = min(job.max_shard_bytes, 4 * shape.num_parameters)
+    return file + 4 * max(shape.largest_layer, shape.head_parameters) + 4 * (job.num_trained or 0)
 
 
 def _rows_sampled(shape: Shape, job: Job) -> int:
@@ -621,12 +643,12 @@ def time(shape: Shape, job: Job, hardware: Hardware, price_per_hour: float | Non
         speed /= job.per_node  # its cores are shared out
     compute = tokens / n * flops / speed
     passes = 3 + computed.recompute
-    launch = (LAUNCH_SHARDED_S if job.is_sharded else LAUNCH_S) if hardware.is_gpu else 0.0
+    launch = (LAUNCH_SHARDED_S if job.zero_stage == 3 else LAUNCH_S) if hardware.is_gpu else 0.0
     launches = passes * shape.num_layers * launch * computed.num_micro_batches
-    communication = _communication_s(shape, job, hardware, computed)
+    communication, swapped = _communication_s(shape, job, hardware, computed), _swap_s(shape, job, hardware, tokens / n, computed)
     update = _update_s(shape, job, hardware)
     sampled = _sample_s(shape, job, hardware) if job.kind == "rlhf" else 0.0
-    step = max(compute, launches, communication) + update + sampled
+    step = max(compute, launches, communication) + swapped + update + sampled
     total = None if job.num_steps is None else job.num_steps * step
     hours = None if total is None else total * n / 3600
     return Time(
@@ -634,7 +656,7 @@ def time(shape: Shape, job: Job, hardware: Hardware, price_per_hour: float | Non
         step_s=step,
         compute_s=compute,
         launch_s=launches,
-        communication_s=communication,
+        communication_s=communication + swapped,
         update_s=update,
         sample_s=sampled,
         flops_per_token=flops,
@@ -657,14 +679,24 @@ def _communication_s(shape: Shape, job: Job, hardware: Hardware, computed: Compu
         per_step = 2 * trained * (job.e if job.is_deepspeed else 4) * share
         return per_step * (computed.num_micro_batches if job.zero_stage == 2 else 1) / speed
     gathers = 2 + computed.recompute * (shape.num_parameters > NUMBERS_ALIVE)
-    sent = job.e * (gathers * shape.num_parameters + trained) * share
+    if job.fsdp is not None:
+        gathers = 1 if job.fsdp == "shard_grad_op" else 2
+    sent = (job.e * gathers * shape.num_parameters + (4 if job.fsdp else job.e) * trained) * share
     loaded = job.e * gathers * shape.num_parameters / n / hardware.host_link if job.offload_weights else 0.0
     return computed.num_micro_batches * (sent / speed + loaded)
 
 
+def _swap_s(shape: Shape, job: Job, hardware: Hardware, tokens: float, computed: Computed) -> float:
+    """Of a step, while nothing else is done: queries, keys, values and what attention gives of a rank's tokens go to the others of its
+    team, in each layer, and so do their gradients (`posttrain/sequence.py`)."""
+    link = hardware.link * BUS_SHARE if job.team_size <= job.per_node else hardware.network * NETWORK_SHARE
+    sent = 2 * (shape.query_width + shape.key_width) * job.e * (job.team_size - 1) / job.team_size
+    return tokens * shape.num_layers * sent * (2 + computed.recompute) / link
+
+
 def _update_s(shape: Shape, job: Job, hardware: Hardware) -> float:
     """The optimizer's pass: of each number it reads weight, gradient and moments, and writes weight and moments."""
-    mine = _trained(shape, job) / (job.world_size if job.is_deepspeed else 1)
+    mine = _trained(shape, job) / (job.world_size if job.is_deepspeed or job.is_sharded else 1)
     moved = (12 + 2 * job.moment_bytes) * mine
     if not job.offload_optimizer:
         return moved / hardware.bandwidth
@@ -691,6 +723,7 @@ class Recommendation:
 
     zero_stage: int | None
     """None is training without DeepSpeed."""
+    fsdp: str | None
     offload: bool
     num_nodes: int
     world_size: int
@@ -702,7 +735,9 @@ class Recommendation:
     @property
     def text(self) -> str:
         """What to set, in the words of the config."""
-        if self.zero_stage is None:
+        if self.fsdp is not None:
+            said = f"fsdp: {self.fsdp}"
+        elif self.zero_stage is None:
             said = "no deepspeed"
         else:
             said = f"deepspeed: ds_configs/zero{self.zero_stage}{'_offload' if self.offload else ''}.json"
@@ -782,7 +817,9 @@ def recommend(shape: Shape, job: Job, hardware: Hardware, *, may_add_nodes: bool
             # Without ZeRO-3 a stage sees by itself where activations must be computed again.
             said = computed.recompute and (bool(job.recompute) or changed.is_sharded)
             tokens = changed.micro_batch_tokens if changed.micro_batch_tokens != job.micro_batch_tokens else None
-            return Recommendation(changed.zero_stage, changed.offload_weights, num_nodes, changed.world_size, said, tokens, found.total)
+            return Recommendation(
+                changed.zero_stage, changed.fsdp, changed.offload_weights, num_nodes, changed.world_size, said, tokens, found.total
+            )
     return None
 
 
@@ -794,18 +831,25 @@ def _candidates(job: Job, hardware: Hardware, *, may_add_nodes: bool) -> Iterato
     rungs = [(one, False), (several, False), (one, True), (several, True)]
     if not may_add_nodes:
         rungs = [rungs[0], rungs[2], rungs[1], rungs[3]]
-    least = job.max_length * job.sequences
+    least = math.ceil(job.max_length * job.sequences / job.team_size)
     ways = dict.fromkeys([(job.recompute, job.micro_batch_tokens), (True, job.micro_batch_tokens), (True, least)])
     for sizes, offload in rungs:
-        # Weights in 4 bits cannot be sharded, and only ZeRO-3 offloads them.
-        stages = [3] if offload else [None, 1, 2, 3]
-        for size, stage in itertools.product(sizes, stages):
-            if job.global_batch_size % size or (job.in_4bit and stage == 3):
+        # Weights in 4 bits cannot be sharded, and only ZeRO-3 offloads them. Who asked for FSDP has it as long as that fits.
+        engines: list[tuple[int | None, str | None]] = [(stage, None) for stage in ([3] if offload else [None, 1, 2, 3])]
+        if job.fsdp is not None and not offload:
+            engines = [(None, fsdp) for fsdp in dict.fromkeys([job.fsdp, "full_shard"])]
+        for size, (stage, fsdp) in itertools.product(sizes, engines):
+            if size % job.team_size or job.global_batch_size % (size // job.team_size) or (job.in_4bit and stage == 3):
                 continue
             for recompute, tokens in ways:
                 changed = replace(job, world_size=size, per_node=min(size, per_node), zero_stage=stage, bucket_numbers=None)
                 changed = replace(
-                    changed, offload_optimizer=offload, offload_weights=offload, recompute=recompute, micro_batch_tokens=tokens
+                    changed,
+                    fsdp=fsdp if size > 1 else None,
+                    offload_optimizer=offload,
+                    offload_weights=offload,
+                    recompute=recompute,
+                    micro_batch_tokens=tokens,
                 )
                 yield changed, math.ceil(size / per_node)
 

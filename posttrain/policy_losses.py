@@ -1,7 +1,7 @@
 """Losses of a policy on completions that it sampled itself, as functions of log-probabilities, and the advantages that weigh them.
 
 A step learns once from what was sampled for it, so the policy that samples is the one that learns: their ratio is 1, of which
-only the gradient counts, and there is nothing to clip.
+only the gradient counts, and there is nothing to clip. What another engine sampled is weighed by `importance_weights`.
 """
 
 from typing import Literal
@@ -67,6 +67,16 @@ def token_scales(num_tokens: npt.NDArray[np.int64], loss_type: Literal["grpo", "
         return 1 / num_tokens
     same = 1 / max_completion_length if loss_type == "dr_grpo" else num_tokens.size / num_tokens.sum()
     return np.full(num_tokens.shape, same)
+
+
+def importance_weights(log_ratios: Floats, clip_max: float) -> Floats:
+    """How much completions count that were sampled by something near the policy; `log_ratios` are log pi - log sampler of each.
+
+    Their ratio, and 0 where it is over `clip_max`: such a completion says more of how the two differ than of the policy (Yao et al.,
+    2025, "Your efficient RL framework secretly brings you off-policy RL training"; TRL's `sequence_mask`).
+    """
+    ratios: Floats = np.exp(log_ratios)
+    return np.where(ratios > clip_max, 0.0, ratios)
 
 
 # --- advantages: rewards are (B, G), of G completions to each of B prompts -------------------------------------------

@@ -13,7 +13,7 @@ from posttrain import disk
 from posttrain.batch import GlobalBatches, count_steps
 from posttrain.error import UserError
 from posttrain.ledger import PREFLIGHT_FILE
-from posttrain.recipe import PreflightLimits
+from posttrain.recipe import MOST_TOKENS, PreflightLimits
 from posttrain.stage import StageContext
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _leaks(context: StageContext[Any], questions: npt.NDArray[np.uint64]) -> dic
     taken: set[int] = set()
     for given in _measured_apart(context):
         source = given.data.model_copy(update={"invalid_rows": "drop"})
-        rows = open_source(source, f"{context.at}: {given.name}").rows()
+        rows = open_source(source, f"{context.at}: {given.name}").all_rows()
         asked: dict[int, str] = {}
         for row in rows:
             asked.setdefault(question_bits(row), row.origin)
@@ -144,7 +144,6 @@ def _measured_apart(context: StageContext[Any]) -> list[Any]:
 
 def _padding(context: StageContext[Any], prepared: "Prepared") -> float:
     """Share of padding in the micro-batches of one rank, over the first steps; none but where the config asks for padded rows."""
-    from posttrain.settle import MOST_TOKENS
 
     config = context.config
     if config.layout != "padded":

@@ -1,7 +1,7 @@
 """Progress: what a stage is at, written for whoever watches, and the one live line that shows it.
 
 The main rank writes `progress.json` (the state now) and `metrics.jsonl` (every logged step); the driver, `status` and
-any other watcher read the files, so watching needs no connection to the worker.
+any other watcher read the files, so watching needs no connection to the worker. Every rank tells its heartbeat too.
 """
 
 import json
@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain import disk
+from posttrain import disk, heartbeat
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +20,7 @@ PLAIN_LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """The writing side; on any rank but the main one it does nothing."""
+    """The writing side; on any rank but the main one it writes none of these files."""
 
     def __init__(self, directory: Path, *, is_main: bool) -> None:
         self._directory = directory
@@ -29,16 +29,20 @@ class Progress:
         self._phase = ""
         self._state: dict[str, Any] = {}
         self._began = (time.monotonic(), 0)
+        self._line = b""
+        """The last line of `metrics.jsonl`, as far as this process knows."""
 
     def phase(self, name: str, num_steps: int = 0, step: int = 0) -> None:
         """Begin a phase of `num_steps` (0: unknown), at `step`."""
         self._phase = name
         self._state = {"phase": name, "step": step, "num_steps": num_steps}
         self._began = (time.monotonic(), step)
+        heartbeat.tell(name, step)
         self._write(force=True)
 
     def step(self, step: int, **values: float) -> None:
         """`step` steps of the phase are done; `values` such as loss or tokens_per_s go with it."""
+        heartbeat.tell(self._phase, step)
         elapsed = time.monotonic() - self._began[0]
         done = step - self._began[1]
         left = self._state["num_steps"] - step
@@ -47,10 +51,16 @@ class Progress:
         self._write(force=step == self._state["num_steps"])
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Append one line to `metrics.jsonl`."""
-        if self._is_main:
-            with (self._directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+        """Append a line to `metrics.jsonl`, or add to the last one where that is of the same step."""
+        if not self._is_main:
+            return
+        with (self._directory / "metrics.jsonl").open("ab") as file:
+            known = json.loads(self._line) if self._line else {}
+            if known.get("step") == step:
+                file.truncate(file.tell() - len(self._line))
+                values = {**known, **values}
+            self._line = json.dumps({"step": step, **values}).encode() + b"\n"
+            file.write(self._line)
 
     def rewind(self, step: int) -> None:
         """Drop the lines of `metrics.jsonl` after `step`, which a resumed run is about to write again."""
@@ -58,6 +68,7 @@ class Progress:
         if self._is_main and path.is_file():
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _line_step(line) <= step]
             disk.write_text(path, "".join(line + "\n" for line in lines))
+            self._line = f"{lines[-1]}\n".encode() if lines else b""
 
     def _write(self, *, force: bool) -> None:
         if self._is_main and (force or time.monotonic() - self._written > WRITE_EVERY_S):

@@ -1,12 +1,31 @@
 """The config fields that all training stages share, by the names that transformers, TRL and peft give them."""
 
-from typing import Annotated, Any, ClassVar, Literal
+import re
+from collections.abc import Collection, Mapping
+from importlib.util import find_spec
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import ByteSize, Field, model_validator
 
 from posttrain.config import INPUT_FILE, Config
 from posttrain.error import UserError
 from posttrain.stage import StageConfig
+
+Tracker: TypeAlias = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+TRACKER_LIBRARIES: Mapping[Tracker, tuple[str, ...]] = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "trackio": ("trackio",),
+}
+"""Libraries, one of which a tracker needs."""
+
+
+MAX_SHARD_BYTES = 10**9
+MOST_TOKENS = {"cpu": 512, "cuda": 16384}
+"""Tokens at once beyond which a step gets no faster: its matrix multiplications are as fast as they get."""
+SHARE_OF_MEMORY = 0.5
+"""Share of the free memory that activations may take; the rest is for gradients, the optimizer's work and what else runs."""
 
 
 class LoraRecipe(Config):
@@ -81,8 +100,12 @@ class TrainingExecution(Config):
     """Tokens that one rank computes at once; a longer sample stands alone. By default as many as memory allows and speed gains by."""
     layout: Literal["auto", "shared", "packed", "padded"] = "auto"
     """How samples lie in what is computed at once: filled up, end to end, a pair's prompt once; `auto`: the fastest that is exact."""
+    sequence_parallel_size: int = Field(1, ge=1)
+    """Consecutive ranks that compute a micro-batch together, a piece of its sequences each: for samples too long for the memory of one."""
     deepspeed: str | None = None
     """DeepSpeed config file, such as `ds_configs/zero3.json`; its sizes and rates may be `auto`."""
+    fsdp: Literal["full_shard", "shard_grad_op"] | None = None
+    """Share weights, gradients and optimizer state out among ranks by FSDP2 instead of DeepSpeed; `shard_grad_op` gathers weights once."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass: less memory, a third more time. By default where the longest sample needs it."""
     attn_implementation: str | None = None
@@ -93,18 +116,32 @@ class TrainingExecution(Config):
     """Most minutes between checkpoints, however long steps take."""
     keep: KeepPolicy = KeepPolicy()
     """Which checkpoints are kept."""
+    max_shard_size: ByteSize = Field(ByteSize(MAX_SHARD_BYTES), gt=0)
+    """Largest file of published weights, such as `5GB`. Each rank writes every n-th file, and holds one at a time."""
     deterministic: bool | None = None
     """The same bytes from the same config, machine and number of processes; by default on a CPU. Speed then decides nothing."""
     logging_steps: int = Field(1, ge=1)
     """Optimizer steps between logged metrics."""
+    report_to: list[Tracker] = []
+    """Trackers that are told the logged metrics too; where they are, and as whom, is read from their own environment variables."""
     preflight: PreflightLimits = PreflightLimits()
     """What of the data may be wrong before the stage refuses to train."""
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> "TrainingExecution":
+        if self.fsdp is not None and self.deepspeed is not None:
+            raise ValueError(f"fsdp: {self.fsdp} shares the model out, and so does deepspeed: {self.deepspeed}; leave one of them out")
+        return self
 
 
 class TrainingConfig(StageConfig, TrainingExecution):
     """What is learned, and how: shared by all stages that train a policy by gradient."""
 
     bears_identity: ClassVar[bool] = True
+    heldout_metrics: ClassVar[Mapping[str, Literal["low", "high"]]] = {"heldout/loss": "low"}
+    """What `select` may go by, and whether the best of it is the lowest or the highest."""
+    splits_pairs: ClassVar[bool] = False
+    """Whether a preference pair is learned from as two answers, each by itself."""
 
     learning_rate: float = Field(2e-5, gt=0)
     """Peak learning rate, after warm-up."""
@@ -134,6 +171,10 @@ class TrainingConfig(StageConfig, TrainingExecution):
     """Seed of the order of samples, of dropout and of new weights."""
     lora: LoraRecipe | None = None
     """Train adapters instead of all weights: `{}` for the defaults. The merged model is published, the adapter beside it."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between measurements on the rows of the input `heldout`; one is made after the last step in any case."""
+    select: str | None = None
+    """Which step is published of those that `eval_steps` measures: `best by heldout/loss`, say; by default the last step."""
     chat_template: Annotated[str | None, INPUT_FILE] = None
     """Jinja file to use instead of the model's own template; a model that has none gets ChatML."""
     system_prompt: str | None = None
@@ -142,6 +183,25 @@ class TrainingConfig(StageConfig, TrainingExecution):
     """Type of the published weights; `auto` keeps the type in which the input policy is stored."""
     trainer: dict[str, Any] = {}
     """Further fields of the TRL trainer's config class, checked against it by name and type."""
+
+    @model_validator(mode="after")
+    def _selects_by_what_is_measured(self) -> "TrainingConfig":
+        if self.select is None:
+            return self
+        known = ", ".join(self.heldout_metrics)
+        found = re.fullmatch(r"best by (\S+)", self.select)
+        if found is None:
+            raise ValueError(f"select: {self.select!r} is no rule; write `best by METRIC`, with one of {known}")
+        if found[1] not in self.heldout_metrics:
+            raise ValueError(f"select: {found[1]!r} is not measured on held-out rows; known: {known}")
+        if self.eval_steps is None:
+            raise ValueError("select: with one measurement, after the last step, there is nothing to choose from; set eval_steps")
+        return self
+
+    @property
+    def selected_by(self) -> str | None:
+        """The metric that decides which step is published; None where the last one is."""
+        return None if self.select is None else self.select.removeprefix("best by ")
 
     @property
     def uses_bf16(self) -> bool:
@@ -157,11 +217,23 @@ class TrainingConfig(StageConfig, TrainingExecution):
 
         return self.deterministic if self.deterministic is not None else not torch.cuda.is_available()
 
+    def check_inputs(self, roles: Collection[str], at: str) -> None:
+        """Refuse what only held-out rows give a meaning."""
+        for name in ("select", "eval_steps"):
+            if name in self.model_fields_set and getattr(self, name) is not None and "heldout" not in roles:
+                raise UserError(f"{at}.{name}: nothing is held out to measure on; wire a data set to {at}.inputs.heldout, or leave it out")
+
     def check(self, num_processes: int, at: str) -> None:
-        """Refuse a global batch that the ranks cannot share equally."""
-        if self.global_batch_size % num_processes:
-            lower = self.global_batch_size // num_processes * num_processes
-            can = f"{lower} or {lower + num_processes}" if lower else str(num_processes)
-            raise UserError(
-                f"{at}.global_batch_size: {self.global_batch_size} samples cannot be divided among {num_processes} processes; {can} can"
-            )
+        """Refuse a tracker that is not installed, and what the ranks cannot share equally: themselves into teams, and a global batch."""
+        for tracker in self.report_to:
+            if not any(map(find_spec, TRACKER_LIBRARIES[tracker])):
+                raise UserError(f"{at}.report_to: {tracker} is not installed; run: pip install {tracker}")
+        size = self.sequence_parallel_size
+        if num_processes % size:
+            raise UserError(f"{at}.sequence_parallel_size: {num_processes} processes cannot be divided into teams of {size}")
+        num_teams = num_processes // size
+        if self.global_batch_size % num_teams:
+            lower = self.global_batch_size // num_teams * num_teams
+            can = f"{lower} or {lower + num_teams}" if lower else str(num_teams)
+            among = f"{num_teams} processes" if size == 1 else f"{num_teams} teams of {size} processes"
+            raise UserError(f"{at}.global_batch_size: {self.global_batch_size} samples cannot be divided among {among}; {can} can")

@@ -7,6 +7,7 @@ some losses weigh tokens. Computed by all ranks, chunk by chunk, and a chunk tha
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,17 @@ from transformers import PreTrainedModel
 from posttrain import disk
 from posttrain.artifact import fingerprint_source
 from posttrain.batch import deal
-from posttrain.data.prepared import Prepared, read_prepared
+from posttrain.data.prepared import DATA, Prepared, read_prepared
 from posttrain.data.samples import IGNORED
 from posttrain.error import Preempted, heed_signals
 from posttrain.fit import bare_model
-from posttrain.forward import Floats, exact_layouts, score_batch
+from posttrain.forward import Floats, score_batch
+from posttrain.fsdp import shard
 from posttrain.layout import Group, Layout, measure
 from posttrain.progress import Progress
 from posttrain.saver import any_rank
-from posttrain.settle import most_tokens
+from posttrain.sequence import team_of
+from posttrain.settle import exact_for, most_tokens
 from posttrain.stage import StageContext
 
 FILE = "reference.json"
@@ -85,10 +88,11 @@ class Reference:
             self.chunk_file(start).with_suffix(".json").unlink(missing_ok=True)
 
 
-def declare_reference(context: StageContext[Any], role: str = "policy", **beside: Any) -> None:
-    """Decide where the log-probabilities under the policy in `role` lie. Runs in `prepare`, once the data are prepared.
+def declare_reference(context: StageContext[Any], role: str = "policy", of: str = DATA, **beside: Any) -> None:
+    """Decide where the log-probabilities under the policy in `role` lie. Runs in `prepare`, once the data in `of` are prepared.
 
-    `beside` is what else decides of which answers they are, where those are not just the ones of each sample.
+    Those of other rows than what is learned from come after these, and are told beside them. `beside` is what else decides of
+    which answers they are, where those are not just the ones of each sample.
     """
     hashes = disk.HashCache(context.root / ".hashes.json")
     weights = fingerprint_source(context.input(role).source, f"{context.at}: {context.input(role).name}", hashes)
@@ -98,20 +102,26 @@ def declare_reference(context: StageContext[Any], role: str = "policy", **beside
         bool(context.config.uses_bf16 and lora),
         bool(lora and lora.load_in_4bit),
     ]
-    data = read_prepared(context).path.name
+    data = read_prepared(context, of).path.name
     key = disk.hash_json({"version": VERSION, "weights": weights, "data": data, "precision": precision, **beside})
     path = context.root / ".reference" / key[:32]
     if (path / disk.MANIFEST).exists():  # else it has not come to its end, and each chunk is looked at by itself
         disk.discard_damaged(path, hashes)
     hashes.save()
-    disk.write_json(context.directory / FILE, {"path": str(path)})
+    if of == DATA:
+        disk.write_json(context.directory / FILE, {"path": str(path)})
+    else:
+        known = disk.read_json(context.directory / FILE)
+        disk.write_json(context.directory / FILE, {**known, of: str(path), "paths": [known["path"], str(path)]})
 
 
-def read_reference(context: StageContext[Any], prepared: Prepared, lengths: npt.NDArray[np.int64] | None = None) -> Reference:
+def read_reference(
+    context: StageContext[Any], prepared: Prepared, lengths: npt.NDArray[np.int64] | None = None, of: str = DATA
+) -> Reference:
     """The reference that was declared for this stage, whole or not yet; `lengths` as in `Reference`, by default those of pairs."""
     if lengths is None:
         lengths = np.stack([prepared.num_listed("chosen_ids"), prepared.num_listed("rejected_ids")], axis=1)
-    return Reference(Path(disk.read_json(context.directory / FILE)["path"]), lengths)
+    return Reference(Path(disk.read_json(context.directory / FILE)["path" if of == DATA else of]), lengths)
 
 
 def add_reference(batch: dict[str, Any], references: Sequence[Sequence[Floats]], ld_alpha: float | None) -> dict[str, Any]:
@@ -160,14 +170,24 @@ def join_pairs(parts: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[
     return whole, {name: join([output.get(name) for output in outputs]) for name in outputs[0]}
 
 
-def compute_reference(
-    context: StageContext[Any], reference: Reference, trainer: Any, groups: Callable[[Sequence[int]], list[Group]] | None = None
-) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """A reference that may not be whole, and what it is of."""
+
+    reference: Reference
+    prepared: Prepared
+    groups: Callable[[Sequence[int]], list[Group]]
+    """The samples with all their answers, none longer than the longest that is prepared."""
+
+
+def compute_reference(context: StageContext[Any], trainer: Any, every: Sequence[Asked]) -> None:
     """Compute what is not there, under the trainer's model before it is trained. All ranks call it.
 
-    `groups` are the samples with all their answers, by default as they are trained, and no longer than these.
     Raises `Preempted` where a signal asked for an end; what is done is kept.
     """
+    left = [asked for asked in every if not asked.reference.is_whole]
+    if not left:
+        return
     model = bare_model(trainer.model)
     call = trainer.model
     if trainer.is_deepspeed_enabled:
@@ -175,11 +195,13 @@ def compute_reference(
         from trl.models import prepare_deepspeed
 
         call = prepare_deepspeed(trainer.model, trainer.accelerator)
+    shard(call, context.config, context.world_size)
     with trainer.accelerator.autocast():
-        longest = int(trainer.prepared.sizes("padded").longest.max())
-        layout = exact_layouts(call, model, trainer.layouts, longest)[0][0]
-        tokens = context.config.micro_batch_tokens or most_tokens(model)
-        _compute(context, reference, call, model, groups or trainer.groups, layout=layout, micro_batch_tokens=tokens, pad=trainer.pad)
+        for asked in left:
+            longest = int(asked.prepared.sizes("padded").longest.max())
+            layout = exact_for(context, call, model, trainer.layouts, longest)[0][0]
+            tokens = context.config.micro_batch_tokens or most_tokens(model)
+            _compute(context, asked.reference, call, model, asked.groups, layout=layout, micro_batch_tokens=tokens, pad=trainer.pad)
 
 
 def _compute(
@@ -193,6 +215,7 @@ def _compute(
     micro_batch_tokens: int,
     pad: int,
 ) -> None:
+    team = team_of(context)
     num_rows = len(reference.lengths)
     starts = list(range(0, num_rows, ROWS_AT_ONCE))
     missing = _from_main([start for start in starts if not reference.has_chunk(start)], context.world_size)
@@ -206,9 +229,9 @@ def _compute(
             rows = list(range(start, min(start + ROWS_AT_ONCE, num_rows)))
             mine: dict[int, Floats] = {}
             # No rank may be without work: under ZeRO-3 each forward pass is a collective.
-            filled = rows * math.ceil(context.world_size / len(rows))
+            filled = rows * math.ceil(team.count / len(rows))
             sizes = measure(groups(filled), layout)
-            for micro_batch in deal(filled, sizes, micro_batch_tokens, context.world_size)[context.rank]:
+            for micro_batch in deal(filled, sizes, micro_batch_tokens * team.size, team.count)[team.number]:
                 if any_rank(bool(signals)):
                     raise Preempted(f"{context.name} keeps the reference of the rows up to {start}")
                 scored = score_batch(call, model, groups(micro_batch), layout, pad=pad)

@@ -22,6 +22,20 @@ KILLS = 5
 """How often it is tried to hit a stage in the middle of training."""
 
 
+def few_steps(num_steps: int) -> dict[str, int]:
+    """Settings by which a stage that trains takes so many steps, and keeps the state and the metrics of each."""
+    return {"max_steps": num_steps, "save_steps": 1, "logging_steps": 1}
+
+
+def outcome(directory: Path) -> dict[str, object]:
+    """Name of each file that the finished stage in `directory` published to its hash, and of each step to its loss."""
+    finished = artifact.read_artifact(directory)
+    assert finished is not None, "the run ended well"
+    losses = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    files = {name: record["sha256"] for name, record in finished.files.items()}
+    return {**files, **{f"loss of step {entry['step']}": entry["loss"] for entry in losses}}
+
+
 @dataclass(frozen=True)
 class Rehearsal:
     """One stage of one pipeline file, rehearsed under `root`."""
@@ -39,11 +53,11 @@ class Rehearsal:
         """What differs between a run that was killed and one that was not; empty where resuming is exact. Tells what it does by `say`."""
         say(f"{self.directory.name}: {self.num_steps} steps without interruption")
         self._finish()
-        whole = self._outcome()
+        whole = outcome(self.directory)
         step = self._kill(say)
         say(f"{self.directory.name}: killed after the checkpoint of step {step}, and run again")
         self._finish()
-        resumed = self._outcome()
+        resumed = outcome(self.directory)
         return [
             f"{name}: {_short(whole.get(name))} without interruption, {_short(resumed.get(name))} resumed"
             for name in sorted(whole.keys() | resumed.keys())
@@ -81,14 +95,6 @@ class Rehearsal:
                 return last.step
             say(f"{self.directory.name}: it had trained to its end before it could be killed; again")
         raise UserError(f"--steps {self.num_steps}: are over before the stage can be killed among them; give more")
-
-    def _outcome(self) -> dict[str, object]:
-        """Name of each published file to its hash, and of each step to its loss."""
-        finished = artifact.read_artifact(self.directory)
-        assert finished is not None, "the run ended well"
-        losses = [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        files = {name: record["sha256"] for name, record in finished.files.items()}
-        return {**files, **{f"loss of step {entry['step']}": entry["loss"] for entry in losses}}
 
 
 def _short(value: object) -> object:

@@ -4,8 +4,9 @@ A reward is read off the last token of an answer, as transformers' sequence clas
 answer never ends with the pad token here.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,17 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from posttrain.batch import token_batches
 from posttrain.chat import ChatContract, check_contract, encode, read_contract, render
 from posttrain.curate.threads import each_batch
-from posttrain.data.rows import Message
+from posttrain.data.rows import Conversation, Message
 from posttrain.error import UserError
 from posttrain.forward import score_all
 from posttrain.layout import Group, Layout
+from posttrain.metrics.calibration import expected_calibration_error
 from posttrain.models import check_files
+from posttrain.sandbox import OverLimit
 from posttrain.stage import Input
 
 Floats = npt.NDArray[np.float64]
 CONFIDENCE = 0.95
-NUM_BINS = 10
-"""Bins of equal size that predicted probabilities are compared in with how often they come true."""
 ALIKE = 0.1
 """Answers are of like length if they differ by no more than this share of the longer one."""
 TOKENS_AT_ONCE = 2048
@@ -92,15 +93,6 @@ def rate(rewards: Floats, lengths: npt.NDArray[np.int64], sources: Sequence[str]
 
 def _accuracy(difference: Floats) -> float:
     return float(np.mean((difference > 0) + 0.5 * (difference == 0)))
-
-
-def expected_calibration_error(difference: Floats) -> float:
-    """Mean distance, weighted by their sizes, of confidence and accuracy in bins of the confidence, which is at least a half."""
-    confidence = torch.sigmoid(torch.from_numpy(np.abs(difference))).numpy()
-    is_right = (difference > 0) + 0.5 * (difference == 0)
-    bins = np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
-    gaps = [abs(confidence[bins == number].sum() - is_right[bins == number].sum()) for number in range(NUM_BINS)]
-    return float(sum(gaps) / len(difference))
 
 
 # --- rewards of what anyone wrote ------------------------------------------------------------------------------------
@@ -193,3 +185,30 @@ def score_ids(model: PreTrainedModel, conversations: Sequence[Sequence[int]]) ->
 
     each_batch(reward, token_batches(list(map(len, conversations)), TOKENS_AT_ONCE if pad is not None else 1))
     return rewards
+
+
+def read_conversation(model: PreTrainedModel, reader: Reader, conversation: Conversation) -> list[int] | None:
+    """What the model is given for a conversation that ends with an answer; None where it cannot render it, or read so much."""
+    try:
+        ids = reader.ids(conversation.messages, conversation.tools, conversation.origin)
+    except OverLimit:
+        raise
+    except UserError:
+        return None
+    return ids if len(ids) <= getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) else None
+
+
+def rate_conversations(model: PreTrainedModel, reader: Reader, conversations: Sequence[Conversation]) -> list[float | None]:
+    """The reward of the answer that each conversation ends with; None where the model cannot read it, or says nothing finite of it."""
+    read = {number: ids for number, each in enumerate(conversations) if (ids := read_conversation(model, reader, each)) is not None}
+    found = dict(zip(read, score_ids(model, list(read.values())), strict=True)) if read else {}
+    return [reward if (reward := found.get(number)) is not None and math.isfinite(reward) else None for number in range(len(conversations))]
+
+
+def check_readable(reader: Reader, conversations: Iterable[Conversation], at: str) -> None:
+    """Raise `UserError`, beginning with `at`, where a reward model cannot read one of the conversations. Loads no weights."""
+    for each in conversations:
+        try:
+            reader.ids(each.messages, each.tools, each.origin)
+        except UserError as error:
+            raise UserError(f"{at}: {error}") from None

@@ -13,8 +13,8 @@ follows, without anything that would be a control token there, and closed as an 
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,14 +30,17 @@ from posttrain.chat import PROBE_ANSWER, encode_prompt, read_contract, render
 from posttrain.data.rows import Conversation, Message, asked_messages
 from posttrain.data.samples import LeftOut
 from posttrain.data.source import open_source
+from posttrain.engine import Engine
 from posttrain.error import UserError
-from posttrain.fit import Fitting, bare_model
+from posttrain.fit import TRAIN, Fitting, bare_model
 from posttrain.forward import attach, attach_rewards, exact_layouts, score_all, to_batch
 from posttrain.generate import Completion, decode, sample_all
+from posttrain.heartbeat import tell
 from posttrain.layout import Group, Layout, measure, number_sequences, pair_group
 from posttrain.metrics.check import Check, read_checks, score
+from posttrain.metrics.generated import is_looping, repetition
 from posttrain.models import load_policy, loaded_dtype, quantization
-from posttrain.policy_losses import divergence, group_advantages, leave_one_out, token_scales
+from posttrain.policy_losses import divergence, group_advantages, importance_weights, leave_one_out, token_scales
 from posttrain.reward import Reader, load_rewards, open_reader, reward_group, score_groups
 from posttrain.settle import is_sharded
 from posttrain.stage import Input, StageContext
@@ -47,13 +50,8 @@ T = TypeVar("T")
 
 COMPLETIONS_FILE = "completions.jsonl"
 """What was sampled in each step, an answer a line, in the stage's directory."""
-HELDOUT_FILE = "heldout.jsonl"
-"""What the answers to held-out prompts were rewarded with, a measurement a line."""
 STOPPED_FILE = "stopped.json"
 """Says after which step the run ended early, if it did."""
-RUN_TOKENS = 4
-REPEATED = 0.5
-"""A completion is repeated if at least so many of its runs of `RUN_TOKENS` tokens, as a share, were there before in it."""
 PROBE_TOKENS = 64
 """Most tokens of the two completions that stand for those to come, where it is settled how to compute."""
 
@@ -318,9 +316,11 @@ class Rollouts:
         trainer: Any,
         judges: Sequence[Judge],
         frozen: PreTrainedModel | None,
+        engine: Engine | None,
         encoder: Any,
     ) -> None:
-        """`trainer` knows its samples by now; `frozen` is what `open_reference` gave, and `encoder` what made the samples."""
+        """`trainer` knows its samples by now; `frozen` is what `open_reference` gave, `engine` samples instead of transformers where
+        there is one, and `encoder` made the samples."""
         self.context = context
         self.config = context.config
         self.fitting = fitting
@@ -335,6 +335,7 @@ class Rollouts:
             if not self.heldout:
                 raise UserError(f"{context.at}: no prompt of {given.name} leaves room for an answer in {context.at}.max_length; raise it")
         self._is_new = True
+        self._engine = engine
         self._frozen = frozen
         self._frozen_call: Any = frozen
         if frozen is not None and is_sharded(frozen):
@@ -352,21 +353,25 @@ class Rollouts:
             cut_from(self.context.directory / COMPLETIONS_FILE, step + 1)
             (self.context.directory / STOPPED_FILE).unlink(missing_ok=True)
         samples = trainer.batches.samples(step)
-        heldout = self.measure(step) if step % config.heldout_steps == 0 else {}
         asked = [self.prompts[sample] for sample in samples]
         prompts: list[list[int]] = trainer.samples[samples.tolist()]["input_ids"]
         completions, texts, checked = self._answer(
             asked,
             prompts,
             [(config.seed, step, place) for place in range(len(prompts))],
+            step=step,
             num_return_sequences=config.num_generations,
             temperature=config.temperature,
         )
+        weights: Floats | float = 1.0
+        corrected: dict[str, float] = {}
+        if self._engine is not None:
+            completions, weights, corrected = self._correct(prompts, completions)
         rewards = self._reward(asked, texts, checked)
         num_tokens = np.array([[len(completion.ids) for completion in group] for group in completions])
         ended = np.array([[completion.ended for completion in group] for group in completions])
         total = self._total(rewards) - (config.missing_eos_penalty or 0.0) * ~ended
-        metrics = {**_describe(rewards, total), **_describe_completions(completions, num_tokens, ended), **heldout}
+        metrics = {**_describe(rewards, total), **_describe_completions(completions, num_tokens, ended), **corrected}
         reference = self._reference(prompts, completions) if needs_reference(config) else None
         kl = None
         penalized = total
@@ -383,38 +388,24 @@ class Rollouts:
             self._keep(step + 1, asked, completions, texts, rewards, total, advantages, kl)
         self._is_new = False
         scales = token_scales(num_tokens, config.loss_type, config.max_completion_length)
-        return Rollout(prompts, completions, advantages, scales, reference, metrics)
+        return Rollout(prompts, completions, advantages * weights, scales, reference, metrics)
 
-    def measure(self, step: int) -> dict[str, float]:
-        """What the greedy answers to the held-out prompts are rewarded with after so many steps; nothing where there are none."""
-        if not self.heldout:
-            return {}
+    def measure(self) -> dict[str, float]:
+        """What the greedy answers to the held-out prompts are rewarded with, by the policy as it is now."""
+        step = self.trainer.state.global_step
         asked, prompts = [prompt for prompt, _ in self.heldout], [ids for _, ids in self.heldout]
         completions, texts, checked = self._answer(
-            asked, prompts, [(place,) for place in range(len(prompts))], num_return_sequences=1, temperature=0.0
+            asked, prompts, [(place,) for place in range(len(prompts))], step=step, num_return_sequences=1, temperature=0.0
         )
         rewards = self._reward(asked, texts, checked)
         num_tokens = np.array([len(completion.ids) for (completion,) in completions])
-        found = {
+        return {
             "reward": float(self._total(rewards).mean()),
             **{f"rewards/{name}/mean": float(np.nanmean(values)) for name, values in rewards.items()},
             "mean_length": float(num_tokens.mean()),
             "clipped_ratio": float(np.mean([not completion.ended for (completion,) in completions])),
             "num_prompts": float(len(prompts)),
         }
-        if self.context.is_main:
-            path = self.context.directory / HELDOUT_FILE
-            cut_from(path, step)
-            _append(path, [{"step": step, **found}])
-        return {f"heldout/{name}": value for name, value in found.items()}
-
-    def finish(self, step: int) -> dict[str, float]:
-        """The last measurement on held-out prompts, beside the first."""
-        found = self.measure(step)
-        if not found or not self.context.is_main:
-            return found
-        with (self.context.directory / HELDOUT_FILE).open(encoding="utf-8") as file:
-            return {**found, "heldout/reward_at_start": json.loads(file.readline())["reward"]}
 
     def probe(self, samples: Sequence[int]) -> list[Group]:
         """Samples as they may look with answers, before there are any."""
@@ -428,35 +419,21 @@ class Rollouts:
         prompts: Sequence[list[int]],
         seeds: Sequence[tuple[int, ...]],
         *,
+        step: int,
         num_return_sequences: int,
         temperature: float,
     ) -> tuple[list[list[Completion]], list[list[str]], list[dict[str, list[float]]]]:
         """Completions to all prompts, as text too, and how they fare by their checks; each rank samples and checks its share."""
-        context, config, trainer, fitting = self.context, self.config, self.trainer, self.fitting
+        context, trainer, fitting = self.context, self.trainer, self.fitting
         by_length = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
         mine = by_length[context.rank :: context.world_size]
-        model = bare_model(trainer.model)
-
-        def tick(_: int) -> None:
-            if trainer.signalled:
-                raise _Signalled
-
         trainer._stop_if_asked()
-        found: list[list[Completion]] = []
-        with _whole(trainer.model_wrapped, model), _by_itself(model), trainer.accelerator.autocast(), suppress(_Signalled):
-            found = sample_all(
-                model,
-                fitting.tokenizer,
-                fitting.contract,
-                [prompts[place] for place in mine],
-                num_return_sequences=num_return_sequences,
-                temperature=temperature,
-                top_p=config.top_p,
-                top_k=config.top_k,
-                max_new_tokens=config.max_completion_length,
-                seeds=[seeds[place] for place in mine],
-                tick=tick,
-            )
+        questions = [prompts[place] for place in mine]
+        if self._engine is not None:
+            most = -(-len(prompts) // context.world_size)
+            found = self._engine.sample(questions, num_return_sequences=num_return_sequences, temperature=temperature, step=step, most=most)
+        else:
+            found = self._sample(questions, [seeds[place] for place in mine], num_return_sequences, temperature)
         trainer._stop_if_asked()
         share = {}
         for place, completions in zip(mine, found, strict=True):
@@ -464,6 +441,35 @@ class Rollouts:
             share[place] = (completions, texts, check_answers(asked[place], texts))
         every = _gather(share, context.world_size)
         return [each[0] for each in every], [each[1] for each in every], [each[2] for each in every]
+
+    def _sample(
+        self, prompts: list[list[int]], seeds: list[tuple[int, ...]], num_return_sequences: int, temperature: float
+    ) -> list[list[Completion]]:
+        """Completions to this rank's prompts by the model that is trained; none where a signal asks for an end."""
+        trainer, config = self.trainer, self.config
+        model = bare_model(trainer.model)
+
+        def tick(_: int) -> None:
+            tell(TRAIN, trainer.state.global_step)  # an answer may take as long as a step does elsewhere
+            if trainer.signalled:
+                raise _Signalled
+
+        found: list[list[Completion]] = []
+        with _whole(trainer.model_wrapped, model), _by_itself(model), trainer.accelerator.autocast(), suppress(_Signalled):
+            found = sample_all(
+                model,
+                self.fitting.tokenizer,
+                self.fitting.contract,
+                prompts,
+                num_return_sequences=num_return_sequences,
+                temperature=temperature,
+                top_p=config.top_p,
+                top_k=config.top_k,
+                max_new_tokens=config.max_completion_length,
+                seeds=seeds,
+                tick=tick,
+            )
+        return found
 
     def _reward(
         self, asked: Sequence[Prompt], texts: Sequence[Sequence[str]], checked: Sequence[Mapping[str, list[float]]]
@@ -491,18 +497,56 @@ class Rollouts:
         total: Floats = np.nansum(weighted, axis=0)
         return total
 
+    def _correct(
+        self, prompts: Sequence[list[int]], completions: Sequence[Sequence[Completion]]
+    ) -> tuple[list[list[Completion]], Floats, dict[str, float]]:
+        """Completions with the policy's own log-probabilities, how much each counts `(B, G)`, and how far the engine was off."""
+        own = self._score(prompts, completions, bare_model(self.trainer.model), self._call)
+        # A token that the engine did not rate counts as rated alike.
+        off = [
+            [np.nan_to_num(scored.astype(np.float64) - completion.log_probs) for scored, completion in zip(scores, answers, strict=True)]
+            for scores, answers in zip(own, completions, strict=True)
+        ]
+        weights = importance_weights(
+            np.array([[each.sum() for each in group] for group in off]), self.config.vllm_importance_sampling_clip_max
+        )
+        every = np.abs(np.concatenate([each for group in off for each in group]))
+        metrics = {
+            "sampling/sampling_logp_difference/mean": float(every.mean()),
+            "sampling/sampling_logp_difference/max": float(every.max()),
+            "sampling/importance_sampling_ratio/min": float(weights.min()),
+            "sampling/importance_sampling_ratio/mean": float(weights.mean()),
+            "sampling/importance_sampling_ratio/max": float(weights.max()),
+        }
+        corrected = [
+            [replace(completion, log_probs=scored.tolist()) for completion, scored in zip(answers, scores, strict=True)]
+            for answers, scores in zip(completions, own, strict=True)
+        ]
+        return corrected, weights, metrics
+
+    @property
+    def _call(self) -> Any:
+        """What computes the policy: the model, or what wraps it."""
+        return self.trainer.model_wrapped if self.trainer.is_deepspeed_enabled else self.trainer.model
+
     def _reference(self, prompts: Sequence[list[int]], completions: Sequence[Sequence[Completion]]) -> list[list[npt.NDArray[np.float32]]]:
         """Log-probabilities of the completions' tokens under the input policy."""
+        trainer = self.trainer
+        if self._frozen is not None:
+            return self._score(prompts, completions, self._frozen, self._frozen_call)
+        with trainer.accelerator.unwrap_model(trainer.model).disable_adapter():
+            return self._score(prompts, completions, bare_model(trainer.model), self._call)
+
+    def _score(
+        self, prompts: Sequence[list[int]], completions: Sequence[Sequence[Completion]], model: PreTrainedModel, call: Any
+    ) -> list[list[npt.NDArray[np.float32]]]:
+        """Log-probabilities of the completions' tokens, `[prompt][completion]` -> `(n,)`, on every rank."""
         trainer, context = self.trainer, self.context
         tokens = trainer.batches.micro_batch_tokens
         pieces = cut(prompts, completions, tokens)
         groups = [pair_group(prompts[place], [completions[place][branch].ids for branch in branches]) for place, branches in pieces]
         trainer._stop_if_asked()
-        model, call, switched_off = self._frozen, self._frozen_call, nullcontext()
-        if model is None:
-            model, call = bare_model(trainer.model), trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
-            switched_off = trainer.accelerator.unwrap_model(trainer.model).disable_adapter()
-        with switched_off, trainer.accelerator.autocast():
+        with trainer.accelerator.autocast():
             if self._is_new:
                 exact_layouts(call, model, [trainer.layout], trainer.longest)
             scored = score_all(
@@ -636,7 +680,7 @@ def _describe_completions(
 ) -> dict[str, float]:
     """Lengths, and shares of what should be rare, by TRL's names where it has one.
 
-    clipped_ratio    cut off before a stop token            repeated_ratio   see `is_repeated`
+    clipped_ratio    cut off before a stop token            repeated_ratio   going round, see `metrics.generated`
     duplicate_ratio  the same as an earlier one of its group
     """
     every = [completion for group in completions for completion in group]
@@ -647,12 +691,6 @@ def _describe_completions(
         "completions/max_length": float(num_tokens.max()),
         "completions/mean_terminated_length": float(num_tokens[ended].mean()) if ended.any() else 0.0,
         "completions/clipped_ratio": float(1 - ended.mean()),
-        "completions/repeated_ratio": float(np.mean([is_repeated(completion.ids) for completion in every])),
+        "completions/repeated_ratio": float(np.mean([is_looping(repetition(completion.ids)) for completion in every])),
         "completions/duplicate_ratio": 1 - num_distinct / len(every),
     }
-
-
-def is_repeated(ids: Sequence[int]) -> bool:
-    """Whether a completion goes round: of its runs of four tokens at least half were there before in it."""
-    runs = [tuple(ids[start : start + RUN_TOKENS]) for start in range(len(ids) - RUN_TOKENS + 1)]
-    return bool(runs) and 1 - len(set(runs)) / len(runs) >= REPEATED

@@ -36,7 +36,7 @@ from posttrain.generate import ROWS_AT_ONCE, decode, sample_all
 from posttrain.models import load_policy
 from posttrain.parallel import chunks
 from posttrain.progress import Progress
-from posttrain.reward import Reader, load_rewards, open_reader, score_ids
+from posttrain.reward import check_readable, load_rewards, open_reader, rate_conversations
 from posttrain.sandbox import OverLimit
 from posttrain.stage import StageContext
 
@@ -57,6 +57,10 @@ class Prompt:
         """The conversation with that answer, which alone is to be learned."""
         before: list[Message] = [{**message, "train": False} if message["role"] == "assistant" else message for message in self.messages]
         return [*before, _says(text)]
+
+    def conversation(self, text: str) -> Conversation:
+        """The same as a row."""
+        return Conversation(self.answered(text), self.tools, [], self.origin)
 
 
 @dataclass(frozen=True)
@@ -137,12 +141,8 @@ def _longest_prompt(context: StageContext[Any]) -> float:
 
 def check_reader(context: StageContext[Any], prompts: Sequence[Prompt]) -> None:
     """Raise `UserError` where the stage's reward model is none, or cannot read an answer to one of the prompts. Loads no weights."""
-    reader = open_reader(context.input("reward"), context.at)
-    for prompt in prompts:
-        try:
-            reader.ids(prompt.answered(PROBE_ANSWER), prompt.tools, prompt.origin)
-        except UserError as error:
-            raise UserError(f"{context.at}: {context.input('reward').name}: {error}") from None
+    given = context.input("reward")
+    check_readable(open_reader(given, context.at), (prompt.conversation(PROBE_ANSWER) for prompt in prompts), f"{context.at}: {given.name}")
 
 
 # --- answers and rewards ---------------------------------------------------------------------------------------------
@@ -248,10 +248,9 @@ def _rate(
             if given and reader:
                 if not loaded:
                     loaded.append(load_rewards(given, context.at))
-                ids = {place: _read(reader, loaded[0], prompts[place[0]], place[1]) for place, is_usable in usable.items() if is_usable}
-                places = [place for place, read in ids.items() if read is not None]
-                scored = zip(places, score_ids(loaded[0], [ids[place] or [] for place in places]), strict=True)
-                rewards = {place: reward for place, reward in scored if math.isfinite(reward)}
+                places = [place for place, is_usable in usable.items() if is_usable]
+                scored = rate_conversations(loaded[0], reader, [prompts[n].conversation(text) for n, text in places])
+                rewards = {place: reward for place, reward in zip(places, scored, strict=True) if reward is not None}
             return [
                 {
                     "row": n,
@@ -278,17 +277,6 @@ def _is_usable(tokenizer: PreTrainedTokenizerBase, contract: ChatContract, promp
     except UserError:
         return False
     return True
-
-
-def _read(reader: Reader, model: Any, prompt: Prompt, text: str) -> list[int] | None:
-    """What the reward model is given for an answer; None where it cannot render it, or read so much."""
-    try:
-        ids = reader.ids(prompt.answered(text), prompt.tools, prompt.origin)
-    except OverLimit:
-        raise
-    except UserError:
-        return None
-    return ids if len(ids) <= getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) else None
 
 
 def _says(text: str) -> Message:
@@ -356,7 +344,7 @@ def choose(answered: Answered, output: str, min_margin: float) -> tuple[list[Rec
 
 def _conversation(answered: Answered, number: int) -> Record:
     prompt = answered.prompt
-    record = to_record(Conversation(prompt.answered(answered.answers[number]), prompt.tools, [], prompt.origin))
+    record = to_record(prompt.conversation(answered.answers[number]))
     return record if answered.rewards[number] is None else {**record, "score": answered.rewards[number]}
 
 

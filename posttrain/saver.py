@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,16 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from posttrain import disk, state
-from posttrain.checkpoint import Checkpoint, directory_of, list_complete, mark_complete, prune, wrong_hash
+from posttrain.checkpoint import (
+    WEIGHTS_PREFIX,
+    Checkpoint,
+    directory_of,
+    list_complete,
+    mark_complete,
+    prune,
+    weights_of,
+    wrong_hash,
+)
 from posttrain.error import UserError
 from posttrain.recipe import KeepPolicy
 from posttrain.stage import StageContext
@@ -71,6 +81,8 @@ class Saver:
         """Seconds from the last save's start until it was whole."""
         self.num_bytes = 0
         """Size of the last checkpoint, over all ranks."""
+        self.kept_weights: int | None = None
+        """The step whose weights are kept beside the checkpoints, as of now."""
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -79,15 +91,33 @@ class Saver:
         self.wait()
         if self.saved_step == step:
             return
+        self._save(directory_of(self.context.checkpoints, step), step, fragments, said, metrics, self.kept_weights)
+        self.saved_step = step
+
+    def save_weights(self, step: int, fragments: Sequence[state.Fragment]) -> None:
+        """Keep the weights of `fragments` in place of those that were kept before, once a checkpoint says so. All ranks call it."""
+        self.wait()
+        self.kept_weights = step
+        weights = [replace(fragment, tensors={state.WEIGHT: fragment.tensors[state.WEIGHT]}, scalars={}) for fragment in fragments]
+        self._save(weights_of(self.context.checkpoints, step), step, weights, {}, {}, None)
+
+    def _save(
+        self,
+        path: Path,
+        step: int,
+        fragments: Sequence[state.Fragment],
+        said: dict[str, Any],
+        metrics: Mapping[str, float],
+        weights: int | None,
+    ) -> None:
         started = time.monotonic()
         context = self.context
-        path = directory_of(context.checkpoints, step)
         mine = sum(tensor.nbytes for fragment in fragments for tensor in fragment.tensors.values())
         self.num_bytes = sum_over_ranks(mine)
         if context.is_main:
             shutil.rmtree(path, ignore_errors=True)  # what was cut off, or damaged
             path.mkdir(parents=True)
-        self._make_room(path)
+        self._make_room(path, step)
         has_room = psutil.virtual_memory().available > ROOM_FOR_COPY * self.num_bytes
         tensors = {f"{key}:{fragment.name}": tensor for fragment in fragments for key, tensor in fragment.tensors.items()}
         if has_room:
@@ -106,20 +136,19 @@ class Saver:
         }
 
         held = [0.0]
+        what, num_bytes, kept = path.name.partition("-")[0], self.num_bytes, self.kept_weights
 
         def work() -> None:
             try:
-                self._write(path, step, tensors, record, metrics)
+                self._write(path, step, tensors, record, metrics, weights)
                 self.last_s = time.monotonic() - started
                 if context.is_main:
-                    size = f"{self.num_bytes / 1e6:,.1f} MB"
-                    print(
-                        f"checkpoint of step {step}: {size}, training waited {held[0]:.2f} s, whole after {self.last_s:.2f} s", flush=True
-                    )
+                    prune(context.checkpoints, self.keep, last=step, weights=kept)
+                    size = f"{num_bytes / 1e6:,.1f} MB"
+                    print(f"{what} of step {step}: {size}, training waited {held[0]:.2f} s, whole after {self.last_s:.2f} s", flush=True)
             except BaseException as error:
                 self._error = error
 
-        self.saved_step = step
         self.num_saves += 1
         self._thread = threading.Thread(target=work, daemon=True)
         self._thread.start()
@@ -141,12 +170,12 @@ class Saver:
             self._thread = None
         self.check()
 
-    def _make_room(self, path: Path) -> None:
+    def _make_room(self, path: Path, step: int) -> None:
         """Raise `UserError` where the disk has no room for the checkpoint, even with all but the newest deleted."""
         needed = self.num_bytes + SPARE_BYTES
         context = self.context
         if context.is_main and shutil.disk_usage(path).free < needed:
-            prune(context.checkpoints, KeepPolicy(save_total_limit=2, max_bytes=1))
+            prune(context.checkpoints, KeepPolicy(save_total_limit=2, max_bytes=1), last=step, weights=self.kept_weights)
             path.mkdir(parents=True, exist_ok=True)
         if any_rank(context.is_main and shutil.disk_usage(path).free < needed):
             whole = list_complete(context.checkpoints)
@@ -156,7 +185,15 @@ class Saver:
                 "free some and run again"
             )
 
-    def _write(self, path: Path, step: int, tensors: dict[str, torch.Tensor], record: dict[str, Any], metrics: Mapping[str, float]) -> None:
+    def _write(
+        self,
+        path: Path,
+        step: int,
+        tensors: dict[str, torch.Tensor],
+        record: dict[str, Any],
+        metrics: Mapping[str, float],
+        kept: int | None,
+    ) -> None:
         context = self.context
         weights, said = path / state.weights_file(context.rank), path / state.record_file(context.rank)
         files = {}
@@ -176,8 +213,7 @@ class Saver:
             while not (path / state.record_file(rank)).is_file():
                 time.sleep(POLL_S)
             hashed |= disk.read_json(path / state.record_file(rank))["files"]
-        mark_complete(path, step, context.world_size, belongs_to=self.belongs_to, metrics=metrics, hashed=hashed)
-        prune(context.checkpoints, self.keep)
+        mark_complete(path, step, context.world_size, belongs_to=self.belongs_to, metrics=metrics, hashed=hashed, weights=kept)
 
 
 def find_whole(context: StageContext[Any], belongs_to: Mapping[str, Any]) -> Checkpoint | None:
@@ -195,17 +231,32 @@ def find_whole(context: StageContext[Any], belongs_to: Mapping[str, Any]) -> Che
         dist.broadcast_object_list(held)
         candidates = held[0]
     for checkpoint in candidates:
-        wrong = [
-            fault
-            for number, name in enumerate(sorted(checkpoint.files))
-            if number % context.world_size == context.rank and (fault := wrong_hash(checkpoint, name))
-        ]
-        for fault in wrong:
-            print(f"{checkpoint.path} is not used: {fault}", flush=True)
-        if not any_rank(bool(wrong)):
-            _check_belongs(context, checkpoint, belongs_to)
-            return checkpoint
+        if _is_damaged(context, checkpoint):
+            continue
+        if checkpoint.weights is not None and find_weights(context, checkpoint.weights) is None:
+            print(f"{checkpoint.path} is not used: it needs the weights of step {checkpoint.weights}, which are not whole", flush=True)
+            continue
+        _check_belongs(context, checkpoint, belongs_to)
+        return checkpoint
     return None
+
+
+def find_weights(context: StageContext[Any], step: int) -> Checkpoint | None:
+    """The weights that are kept of a step; None where not every byte of them is as it was written. All ranks call it."""
+    found = next((each for each in list_complete(context.checkpoints, WEIGHTS_PREFIX) if each.step == step), None)
+    return None if any_rank(found is None) or found is None or _is_damaged(context, found) else found
+
+
+def _is_damaged(context: StageContext[Any], checkpoint: Checkpoint) -> bool:
+    """Whether a byte is not as it was written; says of which file. All ranks call it, and each reads its share."""
+    wrong = [
+        fault
+        for number, name in enumerate(sorted(checkpoint.files))
+        if number % context.world_size == context.rank and (fault := wrong_hash(checkpoint, name))
+    ]
+    for fault in wrong:
+        print(f"{checkpoint.path} is not used: {fault}", flush=True)
+    return any_rank(bool(wrong))
 
 
 def _check_belongs(context: StageContext[Any], checkpoint: Checkpoint, belongs_to: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ stage is to be deterministic, neither time nor what else runs on the machine dec
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psutil
@@ -14,17 +14,15 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from posttrain import disk
+from posttrain import disk, fsdp
 from posttrain.error import UserError
-from posttrain.forward import exact_layouts, score_batch, to_batch, to_device
-from posttrain.layout import Group, Layout, measure
+from posttrain.forward import computing_dtype, exact_layouts, score_batch, to_batch, to_device
+from posttrain.layout import Group, Layout, Unsupported, measure
+from posttrain.recipe import MOST_TOKENS, SHARE_OF_MEMORY
+from posttrain.sequence import team_of
 from posttrain.stage import StageContext
 
 FILE = "layout.json"
-MOST_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""Tokens at once beyond which a step gets no faster: its matrix multiplications are as fast as they get."""
-SHARE_OF_MEMORY = 0.5
-"""Share of the free memory that activations may take; the rest is for gradients, the optimizer's work and what else runs."""
 PROBED_TOKENS = 512
 """Tokens of the samples that layouts are timed on."""
 WORTH_PROBING = 100
@@ -37,10 +35,13 @@ class Settled:
 
     layout: Layout
     micro_batch_tokens: int
+    """Of one rank; a team computes as many times as many at once as it has ranks."""
     recompute: bool
     """Whether activations are computed again in the backward pass, for want of memory, though the config does not ask for it."""
     why: list[str]
     """What decided it, for the log and the record."""
+    sequence_parallel_size: int = 1
+    """What it was decided for."""
 
 
 def settle(
@@ -61,14 +62,17 @@ def settle(
     `num_tokens` all that the run computes. Raises `UserError` where the config asks for a layout that the model cannot take.
     """
     config = context.config
+    size = config.sequence_parallel_size
     path = context.directory / FILE
     kept = disk.read_json(path) if is_resuming else None
+    if kept is not None and kept.get("sequence_parallel_size", 1) != size:
+        kept = None  # of other ranks, to which a token takes another memory
     if kept is not None and config.layout in ("auto", kept["layout"]) and config.micro_batch_tokens in (None, kept["micro_batch_tokens"]):
-        exact_layouts(call, model, [kept["layout"]], longest)
+        exact_for(context, call, model, [kept["layout"]], longest)
         recompute = kept["recompute"] and config.gradient_checkpointing is None
-        return _apply(Settled(kept["layout"], kept["micro_batch_tokens"], recompute, ["as before it was cut off"]), model)
+        return _apply(Settled(kept["layout"], kept["micro_batch_tokens"], recompute, ["as before it was cut off"], size), model)
     wanted = [config.layout] if config.layout != "auto" else list(layouts)
-    exact, reason = exact_layouts(call, model, wanted, longest)
+    exact, reason = exact_for(context, call, model, wanted, longest)
     why = [reason] if reason else []
     if config.layout != "auto" and exact != wanted:
         raise UserError(f"{context.at}.layout: the model cannot be computed {config.layout} ({reason}); set it to auto")
@@ -76,8 +80,9 @@ def settle(
     if config.layout == "auto" and layout != "padded" and num_tokens >= WORTH_PROBING * PROBED_TOKENS and not config.is_deterministic:
         layout, timed = _fastest(call, model, groups, [layout, "padded"], pad)
         why.append(timed)
-    each, free = _bytes_per_token(model, groups, layout, pad), _free_bytes(model, context.world_size, of_all=config.is_deterministic)
-    recompute = config.gradient_checkpointing is None and not is_sharded(model) and each * longest > SHARE_OF_MEMORY * free
+    each = _bytes_per_token(model, groups, layout, pad, size)
+    free = _free_bytes(call, model, context.world_size, of_all=config.is_deterministic)
+    recompute = config.gradient_checkpointing is None and not is_sharded(model) and each * longest / size > SHARE_OF_MEMORY * free
     if recompute:
         why.append(f"activations are computed again, since those of the longest sample ({longest:,} tokens) would not fit into memory")
         each /= model.config.get_text_config().num_hidden_layers
@@ -85,7 +90,7 @@ def settle(
     if tokens is None:
         tokens = max(1, min(most_tokens(model), int(SHARE_OF_MEMORY * free / each)))
         why.append(f"a token takes {each / 2**20:.2f} MiB, and there are {free / 2**30:.1f} GiB for them")
-    settled = _apply(_agree(Settled(layout, tokens, recompute, why)), model)
+    settled = _apply(_agree(Settled(layout, tokens, recompute, why, size)), model)
     if context.is_main:
         disk.write_json(path, asdict(settled))
         print(
@@ -93,6 +98,17 @@ def settle(
             flush=True,
         )
     return settled
+
+
+def exact_for(
+    context: StageContext[Any], call: Callable[..., Any], model: PreTrainedModel, layouts: Sequence[Layout], longest: int
+) -> tuple[list[Layout], str]:
+    """`exact_layouts` for the ranks of a stage. Raises `UserError` where they cannot compute this model together."""
+    try:
+        return exact_layouts(call, model, layouts, longest, team=team_of(context))
+    except Unsupported as error:
+        at = f"{context.at}.sequence_parallel_size"
+        raise UserError(f"{at}: ranks cannot compute sequences of this model together ({error}); set it to 1") from error
 
 
 def _fastest(
@@ -124,19 +140,21 @@ def most_tokens(model: PreTrainedModel) -> int:
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
-    """Whether DeepSpeed ZeRO-3 holds the parameters."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    """Whether DeepSpeed ZeRO-3 or FSDP holds the parameters."""
+    return fsdp.is_sharded(model) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def _bytes_per_token(model: PreTrainedModel, groups: Callable[[Sequence[int]], list[Group]], layout: Layout, pad: int) -> float:
-    """Bytes that the forward pass keeps for the backward pass, for each token.
+def _bytes_per_token(
+    model: PreTrainedModel, groups: Callable[[Sequence[int]], list[Group]], layout: Layout, pad: int, team_size: int
+) -> float:
+    """Bytes that the forward pass keeps for the backward pass, for each token that a rank computes.
 
-    Counted; under ZeRO-3, where a forward pass alone would disturb what follows, by Korthikanti et al., 2022 (arXiv 2205.05198,
-    eq. 2 without the attention scores): 34 bytes for each layer and hidden unit at 16 bits.
+    Counted; where ranks share the model out, and a forward pass alone would disturb what follows, by Korthikanti et al., 2022 (arXiv
+    2205.05198, eq. 2 without the attention scores): 34 bytes for each layer and hidden unit at 16 bits.
     """
     config = model.config.get_text_config()
     if is_sharded(model):
-        width = 17 * torch.empty(0, dtype=model.dtype).element_size()
+        width = 17 * torch.empty(0, dtype=computing_dtype(model)).element_size()
         return float(width * config.hidden_size * (1 if model.is_gradient_checkpointing else config.num_hidden_layers))
     seen: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -154,15 +172,16 @@ def _bytes_per_token(model: PreTrainedModel, groups: Callable[[Sequence[int]], l
         output = model(**to_device(batch, device), fused_lm_head=True)
     del output
     (cost,) = measure(some, layout).computed.tolist()
-    return float(sum(seen.values()) / cost)
+    return float(sum(seen.values()) / cost * team_size)
 
 
-def _free_bytes(model: PreTrainedModel, world_size: int, *, of_all: bool) -> float:
+def _free_bytes(call: Any, model: PreTrainedModel, world_size: int, *, of_all: bool) -> float:
     """Memory for one rank's activations, once gradients and the optimizer's state are there: of what is free now, or, so that
     a second run finds the same, of all that the machine has."""
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    held = sum(parameter.nbytes for parameter in model.parameters()) if of_all else 0
-    to_come = trained * 12 + held  # a gradient and AdamW's two moments, in float32
+    to_come = bytes_to_come(call, model, world_size)
+    if of_all:
+        shared = world_size if is_sharded(model) else 1
+        to_come += sum(_numel(parameter) * parameter.element_size() for parameter in model.parameters()) / shared
     if model.device.type == "cuda":
         return max(0.0, torch.cuda.mem_get_info(model.device)[of_all] - to_come)
     local = min(world_size, torch.cuda.device_count() or world_size)
@@ -170,14 +189,34 @@ def _free_bytes(model: PreTrainedModel, world_size: int, *, of_all: bool) -> flo
     return max(0.0, float(memory.total if of_all else memory.available) / local - to_come)
 
 
+def bytes_to_come(call: Any, model: PreTrainedModel, world_size: int) -> float:
+    """Bytes that gradients and AdamW's two moments, in float32, will take where this rank computes.
+
+    ZeRO shares the moments out among ranks, from stage 2 on gradients too (Rajbhandari et al., 2020, arXiv 1910.02054, fig. 1), and so
+    does FSDP; an optimizer that is offloaded has both elsewhere.
+    """
+    trained = sum(_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    if fsdp.is_sharded(model):
+        return trained * 12 / world_size
+    stage = call.zero_optimization_stage() if hasattr(call, "zero_optimization_stage") else 0
+    if stage and model.device.type != "cpu" and call.zero_use_cpu_optimizer():
+        return 0.0
+    return trained * (4 / (world_size if stage >= 2 else 1) + 8 / (world_size if stage >= 1 else 1))
+
+
+def _numel(parameter: Any) -> int:
+    """Elements of a parameter as a whole, of which this rank may hold a part."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def _agree(settled: Settled) -> Settled:
     """The main rank's layout, and the fewest tokens that any rank can afford."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return settled
-    every: list[Any] = [None] * dist.get_world_size()
+    every = [settled] * dist.get_world_size()
     dist.all_gather_object(every, settled)
     tokens = min(each.micro_batch_tokens for each in every)
-    return Settled(every[0].layout, tokens, any(each.recompute for each in every), every[0].why)
+    return replace(every[0], micro_batch_tokens=tokens, recompute=any(each.recompute for each in every))
 
 
 def _apply(settled: Settled, model: PreTrainedModel) -> Settled:

@@ -6,7 +6,7 @@ launchers or other stages.
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from pydantic import Field
 from posttrain.config import Config, DataSource, ModelSource, nearest
 from posttrain.error import UserError
 
-ArtifactKind = Literal["policy", "reward_model", "dataset", "report"]
+ArtifactKind = Literal["policy", "reward_model", "dataset", "report", "verdict"]
 
 
 class StageConfig(Config):
@@ -29,9 +29,14 @@ class StageConfig(Config):
     """Processes of this stage; by default what the launcher says."""
     launcher: dict[str, Any] = {}
     """Fields of the pipeline's `launcher` that are others for this stage, such as `{num_nodes: 1}`."""
+    stall_timeout_s: float | None = Field(1800.0, gt=0)
+    """Seconds in which no process comes a step further after which the stage counts as hung; four times as many to load, save or verify."""
 
     def check(self, num_processes: int, at: str) -> None:
         """What can be checked only with the number of processes known. Raises `UserError` naming the path under `at`."""
+
+    def check_inputs(self, roles: Collection[str], at: str) -> None:
+        """What can be checked only with the roles known that something is wired to. Raises `UserError` naming the path under `at`."""
 
 
 C = TypeVar("C", bound=StageConfig)
@@ -67,6 +72,12 @@ class Input:
         assert isinstance(self.source, DataSource), f"{self.name} is no data set"
         return self.source
 
+    @property
+    def report(self) -> Path:
+        """The directory of what an evaluation wrote."""
+        assert self.kind == "report", f"{self.name} is no report"
+        return Path(self.model.model)
+
 
 @dataclass(frozen=True)
 class StageContext(Generic[C]):
@@ -85,6 +96,8 @@ class StageContext(Generic[C]):
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    is_smoke: bool = False
+    """Whether the stage is only tried, on its longest samples (`posttrain/smoke.py`)."""
 
     def input(self, role: str) -> Input:
         """The single input of `role`."""
@@ -128,6 +141,9 @@ class Stage(Generic[C]):
     """Config classes that its config lists by name, such as the steps of a curation: what `stages` shows beside its fields."""
     reference: str | None = None
     """Role of the policy that training stays near, as it was: frozen, and held beside what is trained."""
+    judges: Callable[[C, Mapping[str, Sequence[str]], str], Sequence[str]] | None = None
+    """Of one that writes a verdict, `(config, name of each report to the policies in it, config path) -> policies` that nothing builds
+    on once it failed. Raises `UserError` where the config names another policy."""
     version: int = 1
 
     @cached_property

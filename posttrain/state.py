@@ -1,8 +1,8 @@
 """The state of training, taken apart into fragments that depend neither on the number of ranks nor on how they share it out.
 
 Every rank saves the part of each trained weight, and of what the optimizer keeps for it, that it holds: under DDP a share of
-the weights whole, under DeepSpeed ZeRO a stretch of the flattened weight. Whoever resumes reads the stretches that its own
-ranks hold, from whichever files they lie in. So a run goes on with another number of ranks, and under another ZeRO stage.
+the weights whole, under DeepSpeed ZeRO and FSDP a stretch of the flattened weight. Whoever resumes reads the stretches that its
+own ranks hold, from whichever files they lie in. So a run goes on with another number of ranks, and sharded in another way.
 
   file key   KEY:NAME    `weight`, or a key of the optimizer's state such as `exp_avg`, of the parameter NAME
 """
@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch.optim import Optimizer
 
 from posttrain import disk
+from posttrain.fsdp import alike, is_sharded, reshard, stretch
 
 WEIGHT = "weight"
 FLAT_GROUPS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
@@ -61,13 +62,14 @@ def fragments(model: torch.nn.Module, engine: Any, optimizer: Any, *, rank: int,
 
     Raises `ValueError` where the optimizer keeps what cannot be saved.
     """
+    reshard(model)
     zero = zero_optimizer(engine)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if zero is None:
+    if zero is None and not is_sharded(model):
         yield from _whole_fragments(_share([*trained, *_buffers(model)], rank, world_size), base_optimizer(optimizer))
         return
     for name, parameter in trained:
-        fragment = _sharded_fragment(name, parameter, zero)
+        fragment = _rows_fragment(name, parameter, optimizer) if zero is None else _sharded_fragment(name, parameter, zero)
         if fragment is not None:
             yield fragment
     yield from _whole_fragments(_share(_buffers(model), rank, world_size), None)
@@ -109,6 +111,19 @@ def _split_state(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dic
         elif value is not None:
             raise ValueError(f"its {key} is a {type(value).__name__}, which a checkpoint cannot hold")
     return tensors, scalars
+
+
+def _rows_fragment(name: str, parameter: Any, optimizer: Any) -> Fragment | None:
+    start, rows = stretch(parameter)
+    if not rows.numel():
+        return None
+    found, scalars = _split_state(base_optimizer(optimizer).state.get(parameter, {}))
+    tensors = {WEIGHT: rows}
+    for key, value in found.items():
+        if value.shape != parameter.shape:
+            raise ValueError(f"its {key} cannot be split among ranks as FSDP does")
+        tensors[key] = stretch(value)[1]  # type: ignore[arg-type]
+    return Fragment(name, tuple(parameter.shape), start, tensors, scalars)
 
 
 def _sharded_fragment(name: str, parameter: Any, zero: Any) -> Fragment | None:
@@ -218,6 +233,7 @@ def restore(saved: Saved, model: torch.nn.Module, engine: Any, optimizer: Any) -
 
     Raises `ValueError` where the checkpoint has other weights than the model trains.
     """
+    reshard(model)
     wanted = {
         name: tuple(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in model.named_parameters()
@@ -234,10 +250,12 @@ def restore(saved: Saved, model: torch.nn.Module, engine: Any, optimizer: Any) -
     zero = zero_optimizer(engine)
     base = base_optimizer(optimizer)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if zero is None:
-        _restore_whole(saved, trained, base)
-    else:
+    if zero is not None:
         _restore_sharded(saved, trained, zero, base)
+    elif is_sharded(model):
+        _restore_rows(saved, trained, base)
+    else:
+        _restore_whole(saved, trained, base)
 
 
 def _restore_whole(saved: Saved, trained: list[tuple[str, Any]], optimizer: Optimizer) -> None:
@@ -267,6 +285,26 @@ def _is_odd(saved: Saved, key: str, name: str) -> bool:
 
 def _scalar(said: dict[str, Any]) -> Any:
     return torch.tensor(said["value"], dtype=torch.float32) if said["is_tensor"] else said["value"]
+
+
+def _restore_rows(saved: Saved, trained: list[tuple[str, Any]], optimizer: Optimizer) -> None:
+    is_fused = bool(optimizer.defaults.get("fused"))
+    for name, parameter in trained:
+        start, rows = stretch(parameter)
+        state: dict[str, Any] = {}
+        for key in saved.keys[name]:
+            if _is_odd(saved, key, name):
+                raise ValueError(f"{key} of {name} cannot be split among ranks")
+            # Where there are more ranks than rows, some have none.
+            read = saved.read(key, name, start, rows.numel()).to(rows.device) if rows.numel() else torch.empty_like(rows)
+            if key == WEIGHT:
+                rows.copy_(read)
+            else:
+                state[key] = alike(parameter, read)
+        for key, said in saved.scalars[name].items():
+            value = _scalar(said)
+            state[key] = value.to(rows.device) if torch.is_tensor(value) and is_fused else value
+        optimizer.state[parameter] = state
 
 
 def _restore_sharded(saved: Saved, trained: list[tuple[str, Any]], zero: Any, optimizer: Optimizer) -> None:

@@ -23,15 +23,17 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from posttrain import artifact, disk
+from posttrain import artifact, disk, heartbeat
 from posttrain.error import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError, heed_signals
 from posttrain.ledger import Attempt, check_inputs, open_context, read_attempt
 from posttrain.parallel import num_cores
 from posttrain.provenance import provenance
+from posttrain.selection import read_selection
 from posttrain.stage import Stage, StageContext
 
 Phase = Literal["prepare", "run", "verify"]
@@ -144,13 +146,16 @@ def _run(attempt: Attempt, stage: Stage[Any], context: StageContext[Any], phases
         with heed_signals(_stop):
             try:
                 with disk.explain_disk_errors(context.at):
+                    heartbeat.begin(attempt.logs(context.directory), context.rank, attempt.fingerprint)
                     for phase in phases:
+                        heartbeat.tell(phase)
                         if phase == "prepare":
                             _prepare(attempt, stage, context)
                         elif phase == "run":
                             _train(stage, context)
                         elif context.is_main:
                             _verify(attempt, stage, context)
+                heartbeat.tell(heartbeat.ENDED)
                 return EXIT_DONE
             except Preempted as stopped:
                 _is_stopping.set()
@@ -222,8 +227,8 @@ def _verify(attempt: Attempt, stage: Stage[Any], context: StageContext[Any]) -> 
         from posttrain.models import verify_published
 
         metrics |= verify_published(context, stage.output)
-    # Once the output is verified, a resumed attempt goes on from it. To remove large files takes as long as to hash them.
-    removal = threading.Thread(target=shutil.rmtree, args=(context.checkpoints,), kwargs={"ignore_errors": True})
+    # To remove large files takes as long as to hash them.
+    removal = threading.Thread(target=_remove_checkpoints, args=(context,))
     removal.start()
     artifact.write_artifact(
         context.directory,
@@ -235,6 +240,7 @@ def _verify(attempt: Attempt, stage: Stage[Any], context: StageContext[Any]) -> 
         metrics=metrics,
         provenance={
             **provenance(attempt.started),
+            **({"selection": asdict(selection)} if (selection := read_selection(context.directory)) else {}),
             "config": attempt.config,
             "num_processes": attempt.num_processes,
             "sources": {entry["name"]: entry["source"] for role in attempt.inputs.values() for entry in role},
@@ -243,9 +249,17 @@ def _verify(attempt: Attempt, stage: Stage[Any], context: StageContext[Any]) -> 
     removal.join()
 
 
+def _remove_checkpoints(context: StageContext[Any]) -> None:
+    """Once the output is verified, a resumed attempt goes on from it; a stage that is only tried has yet to go on from one of them."""
+    if not context.is_smoke:
+        shutil.rmtree(context.checkpoints, ignore_errors=True)
+
+
 def _report(context: StageContext[Any], attempt: Attempt, kind: str, message: str) -> None:
+    heartbeat.flush()
     with contextlib.suppress(OSError):  # on a full disk the message still stands in the log and the exit code still speaks
-        disk.write_json(attempt.logs(context.directory) / ERROR_FILE.format(rank=context.rank), {"kind": kind, "message": message})
+        record = {"kind": kind, "message": message, "time": time.time()}
+        disk.write_json(attempt.logs(context.directory) / ERROR_FILE.format(rank=context.rank), record)
 
 
 @contextlib.contextmanager

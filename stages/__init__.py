@@ -11,4 +11,5 @@ STAGES = {
     "merge": "stages.merge",
     "sample": "stages.sample",
     "eval": "stages.eval",
+    "gate": "stages.gate",
 }

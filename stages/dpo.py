@@ -2,13 +2,13 @@
 
   loss = -log sigmoid(beta * [(log pi_c - log ref_c) - (log pi_r - log ref_r)])          (Rafailov et al., 2023, eq. 7)
 
-Reads: policy (the start, and the frozen reference), data (preference pairs).  Writes: policy.
+Reads: policy (the start, and the frozen reference), data (preference pairs), heldout (pairs that it is measured on).  Writes: policy.
 Differences from trl.DPOTrainer: 1. the global batch is config; 2. the reference is always the input policy, also under
 LoRA, and its log-probs are computed once, before training; 3. a pair over `max_length`, or one whose answers are the same,
 is an error unless the config says otherwise.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,6 +27,8 @@ COUPLED = {"aot", "aot_unpaired", "sft"}
 
 class DPOConfig(TrainingConfig):
     """What DPO learns, and how."""
+
+    heldout_metrics: ClassVar[Any] = {"heldout/loss": "low", "heldout/rewards/accuracies": "high", "heldout/rewards/margins": "high"}
 
     beta: float = Field(0.1, gt=0)
     """Pull toward the reference; larger stays closer. Dimensionless."""
@@ -62,10 +64,14 @@ def prepare(context: StageContext[DPOConfig]) -> None:
     from trl import DPOConfig as TrainerConfig
 
     from posttrain.fit import prepare_training
+    from posttrain.heldout import prepare_heldout
     from posttrain.reference import declare_reference
 
     prepare_training(context, TrainerConfig, encoder)
     declare_reference(context)
+    prepare_heldout(context, encoder)
+    if "heldout" in context.inputs:
+        declare_reference(context, of="heldout")
 
 
 def run(context: StageContext[DPOConfig]) -> dict[str, float]:
@@ -76,19 +82,16 @@ def run(context: StageContext[DPOConfig]) -> dict[str, float]:
     from posttrain.data.prepared import read_prepared
     from posttrain.fit import OurOrder, bare_model, fit, open_fitting
     from posttrain.forward import attach
+    from posttrain.heldout import open_heldout
     from posttrain.layout import pair_group
     from posttrain.models import probe_rows
-    from posttrain.reference import add_reference, compute_reference, join_pairs, read_reference, weigh_pairs
+    from posttrain.reference import Asked, add_reference, compute_reference, join_pairs, read_reference, weigh_pairs
+    from posttrain.sequence import team_of
 
     class Trainer(OurOrder, DPOTrainer):
         layouts = ("shared", "packed")
         is_coupled = not COUPLED.isdisjoint(context.config.loss_type)
-
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset  # prepared before any process group existed
-
-        def _precompute_ref_logps(self, dataset: Any, *_: Any) -> Any:
-            return dataset  # an artifact of its own
+        reference: Any
 
         def groups(self, samples: Any) -> list[Any]:
             rows = self.samples[list(samples)]
@@ -98,7 +101,7 @@ def run(context: StageContext[DPOConfig]) -> dict[str, float]:
             ]
 
         def complete(self, batch: dict[str, Any], samples: Any) -> dict[str, Any]:
-            return add_reference(batch, [reference[sample] for sample in samples], self.ld_alpha)
+            return add_reference(batch, [self.reference[sample] for sample in samples], self.ld_alpha)
 
         def join(self, parts: Any) -> Any:
             return join_pairs(parts)
@@ -119,7 +122,6 @@ def run(context: StageContext[DPOConfig]) -> dict[str, float]:
     )
     prepared = read_prepared(context)
     samples = prepared.load()
-    reference = read_reference(context, prepared)
     trainer: Any = Trainer(
         model=fitting.model,
         args=fitting.arguments,
@@ -128,17 +130,23 @@ def run(context: StageContext[DPOConfig]) -> dict[str, float]:
         peft_config=fitting.peft_config,
     )
     outputs = ("log_probs", "entropy", "mean_logits", "is_top1", *(("log_sum_sq_probs",) if trainer.use_weighting else ()))
-    attach(bare_model(trainer.model), outputs=outputs)
+    attach(bare_model(trainer.model), outputs=outputs, team=team_of(context))
     trainer.prepared, trainer.samples, trainer.pad = prepared, samples, fitting.tokenizer.pad_token_id
-    if not reference.is_whole:
-        compute_reference(context, reference, trainer)
+    trainer.reference = read_reference(context, prepared)
+    asked = [Asked(trainer.reference, prepared, trainer.groups)]
+    if "heldout" in context.inputs:
+        held = read_prepared(context, "heldout")
+        reference = read_reference(context, held, of="heldout")
+        trainer.heldout = open_heldout(context, trainer, reference=reference)
+        asked.append(Asked(reference, held, trainer.heldout.of_rows(trainer.groups)))
+    compute_reference(context, trainer, asked)
     return fit(trainer, context, fitting, probe_rows(trainer.samples, ("prompt_ids", "chosen_ids")))
 
 
 STAGE = Stage(
     kind="dpo",
     config=DPOConfig,
-    inputs={"policy": Role("policy"), "data": Role("dataset")},
+    inputs={"policy": Role("policy"), "data": Role("dataset"), "heldout": Role("dataset", optional=True)},
     output="policy",
     prepare=prepare,
     run=run,

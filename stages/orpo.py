@@ -2,13 +2,13 @@
 
   loss = -log p(c) / |c|  -  beta * log sigmoid(log odds(c) - log odds(r))               (Hong et al., 2024, eq. 6)
 
-Reads: policy (the start), data (preference pairs).  Writes: policy.
+Reads: policy (the start), data (preference pairs), heldout (pairs that it is measured on).  Writes: policy.
 Other losses of pairs alone are here too: `simpo` (Meng et al., 2024) and `cpo` (Xu et al., 2024).
 Differences from TRL's experimental ORPO and CPO trainers: 1. the losses are our own (`posttrain/pair_losses.py`); 2. a pair's answers
 alone are trained, not its prompt, and each pair counts the same; 3. the global batch is config.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,10 @@ from posttrain.stage import Role, Stage, StageContext
 
 class ORPOConfig(TrainingConfig):
     """What ORPO learns, and how."""
+
+    heldout_metrics: ClassVar[Any] = {
+        "heldout/loss": "low", "heldout/nll_loss": "low", "heldout/rewards/accuracies": "high", "heldout/rewards/margins": "high",
+    }  # fmt: skip
 
     loss_type: Literal["orpo", "simpo", "cpo"] = "orpo"
     """Which loss."""
@@ -56,8 +60,10 @@ def prepare(context: StageContext[ORPOConfig]) -> None:
     from transformers import TrainingArguments
 
     from posttrain.fit import prepare_training
+    from posttrain.heldout import prepare_heldout
 
     prepare_training(context, TrainingArguments, encoder)
+    prepare_heldout(context, encoder)
 
 
 def run(context: StageContext[ORPOConfig]) -> dict[str, float]:
@@ -68,8 +74,10 @@ def run(context: StageContext[ORPOConfig]) -> dict[str, float]:
     from posttrain.data.prepared import read_prepared
     from posttrain.fit import OwnLoss, bare_model, fit, open_fitting
     from posttrain.forward import attach
+    from posttrain.heldout import open_heldout
     from posttrain.layout import pair_group
     from posttrain.models import probe_rows
+    from posttrain.sequence import team_of
 
     config = context.config
     settings: dict[str, Any] = {
@@ -90,7 +98,7 @@ def run(context: StageContext[ORPOConfig]) -> dict[str, float]:
         def weights(self, batch: dict[str, Any]) -> dict[str, float]:
             return {"": len(batch["labels"]) / 2}
 
-        def losses(self, output: Any) -> tuple[Any, dict[str, Any]]:
+        def losses(self, output: Any, told: Any) -> tuple[Any, dict[str, Any]]:
             (chosen, rejected), (num_chosen, num_rejected) = output.log_probs.sum(1).chunk(2), output.label_mask.sum(1).chunk(2)
             loss, figures = loss_of(chosen, rejected, num_chosen, num_rejected, **settings)
             better, worse = figures["rewards/chosen"], figures["rewards/rejected"]
@@ -100,15 +108,16 @@ def run(context: StageContext[ORPOConfig]) -> dict[str, float]:
     fitting = open_fitting(context, TrainingArguments)
     prepared = read_prepared(context)
     trainer = Trainer(fitting)
-    attach(bare_model(trainer.model))
+    attach(bare_model(trainer.model), team=team_of(context))
     trainer.prepared, trainer.samples, trainer.pad = prepared, prepared.load(), fitting.tokenizer.pad_token_id
+    trainer.heldout = open_heldout(context, trainer)
     return fit(trainer, context, fitting, probe_rows(trainer.samples, ("prompt_ids", "chosen_ids")))
 
 
 STAGE = Stage(
     kind="orpo",
     config=ORPOConfig,
-    inputs={"policy": Role("policy"), "data": Role("dataset")},
+    inputs={"policy": Role("policy"), "data": Role("dataset"), "heldout": Role("dataset", optional=True)},
     output="policy",
     prepare=prepare,
     run=run,

@@ -14,17 +14,36 @@ Differences from TRL's trainers: 1. a step is `global_batch_size` prompts on any
 reward models of any tokenizer, the checks that rows carry, or both; 5. it ends early where the policy has moved too far.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from posttrain.config import nearest
+from posttrain.config import Config, nearest
+from posttrain.error import UserError
 from posttrain.recipe import TrainingConfig
 from posttrain.stage import Role, Stage, StageContext
 
 
-class RLHFConfig(TrainingConfig):
+class EngineExecution(Config):
+    """What samples, beside the model that is trained."""
+
+    bears_identity: ClassVar[bool] = False
+
+    use_vllm: bool | None = None
+    """Whether vLLM samples; by default where it is installed and there is a GPU. A run that samples so does not repeat to the byte."""
+    vllm_gpu_memory_utilization: float = Field(0.3, gt=0, le=1)
+    """Share of a GPU's memory that vLLM takes beside training."""
+    vllm_tensor_parallel_size: int = Field(1, ge=1)
+    """Ranks over which vLLM spreads one copy of the policy; of the number of ranks it is a divisor."""
+    vllm_enable_sleep_mode: bool = False
+    """Give vLLM's memory back while the policy is trained, at the cost of loading it again for each step."""
+
+
+class RLHFConfig(TrainingConfig, EngineExecution):
     """What is rewarded, and how it is learned from."""
+
+    bears_identity: ClassVar[bool] = True
+    heldout_metrics: ClassVar[Any] = {"heldout/reward": "high"}
 
     algorithm: Literal["grpo", "rloo"] = "grpo"
     """How a completion is compared with the others to its prompt."""
@@ -52,7 +71,9 @@ class RLHFConfig(TrainingConfig):
     """What is taken off the reward of a completion that is cut off."""
     kl_budget: float | None = Field(None, gt=0)
     """Divergence from the input policy, in nats of a completion on average, after which training ends and publishes what there is."""
-    heldout_steps: int = Field(50, ge=1)
+    vllm_importance_sampling_clip_max: float = Field(3.0, gt=0)
+    """A completion counts for nothing that the policy makes so many times likelier than vLLM did, which drew it."""
+    eval_steps: int | None = Field(50, ge=1)
     """Optimizer steps between measurements on held-out prompts, which are also made at the start and at the end."""
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate, after warm-up."""
@@ -80,9 +101,21 @@ class RLHFConfig(TrainingConfig):
             raise ValueError(
                 f"max_completion_length: {self.max_completion_length} leaves no room for a prompt in max_length: {self.max_length}"
             )
+        if self.fsdp is not None:
+            raise ValueError("fsdp: what samples wants weights that are whole; set deepspeed: ds_configs/zero3.json instead")
         if self.on_overflow == "truncate":
             raise ValueError("on_overflow: a prompt that is cut off asks something else; set it to error or drop")
+        if self.sequence_parallel_size > 1:
+            raise ValueError("sequence_parallel_size: an answer is sampled by one rank, which must hold it whole; leave it out")
         return self
+
+    def check(self, num_processes: int, at: str) -> None:
+        """Refuse ranks that cannot share engines equally, too."""
+        super().check(num_processes, at)
+        if num_processes % self.vllm_tensor_parallel_size:
+            raise UserError(
+                f"{at}.vllm_tensor_parallel_size: {num_processes} ranks cannot be divided into engines of {self.vllm_tensor_parallel_size}"
+            )
 
 
 def encoder(config: RLHFConfig, tokenizer: Any, contract: Any, at: str) -> Any:
@@ -116,9 +149,10 @@ def run(context: StageContext[RLHFConfig]) -> dict[str, float]:
 
     from posttrain.data.prepared import read_prepared
     from posttrain.data.samples import IGNORED
-    from posttrain.error import Preempted
-    from posttrain.fit import OwnLoss, Stopped, bare_model, fit, open_fitting
+    from posttrain.engine import Engine, wants_engine
+    from posttrain.fit import OwnLoss, bare_model, fit, open_fitting
     from posttrain.forward import attach
+    from posttrain.heldout import Heldout
     from posttrain.models import probe_rows
     from posttrain.policy_losses import grpo, rloo
     from posttrain.rollout import Judge, Rollouts, open_reference, was_stopped
@@ -128,6 +162,7 @@ def run(context: StageContext[RLHFConfig]) -> dict[str, float]:
 
     class Trainer(OwnLoss):
         layouts = ("shared", "packed")
+        told = ("advantages", "scales", "reference")
 
         def groups(self, samples: Any) -> list[Any]:
             return rollouts.probe(samples)
@@ -155,13 +190,8 @@ def run(context: StageContext[RLHFConfig]) -> dict[str, float]:
             self._metrics["train"] |= {name: [value] for name, value in self.rollout.metrics.items()}
             return loss
 
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            self.told = {name: inputs[name] for name in ("advantages", "scales", "reference")}
-            called = {name: value for name, value in inputs.items() if name not in self.told}
-            return super().compute_loss(model, called, return_outputs, num_items_in_batch)
-
-        def losses(self, output: Any) -> tuple[Any, dict[str, Any]]:
-            log_probs, mask, told = output.log_probs, output.label_mask, self.told
+        def losses(self, output: Any, told: Any) -> tuple[Any, dict[str, Any]]:
+            log_probs, mask = output.log_probs, output.label_mask
             if config.algorithm == "rloo":
                 loss = rloo(log_probs, mask, told["advantages"])
             else:
@@ -174,6 +204,7 @@ def run(context: StageContext[RLHFConfig]) -> dict[str, float]:
                 self.is_over, self.batches.start_step = True, self.batches.num_steps
             return random
 
+    by_engine = wants_engine(context)
     judges = [Judge(given, context.at) for given in context.inputs.get("reward", ())]  # before ZeRO-3, which would share them out too
     fitting = open_fitting(context, TrainingArguments)
     prepared = read_prepared(context)
@@ -182,12 +213,13 @@ def run(context: StageContext[RLHFConfig]) -> dict[str, float]:
     attach(bare_model(trainer.model), outputs=("log_probs", "entropy"), temperature=config.temperature)
     trainer.prepared, trainer.samples, trainer.pad = prepared, prepared.load(), fitting.tokenizer.pad_token_id
     lenient = encoder(config.model_copy(update={"on_overflow": "drop"}), fitting.tokenizer, fitting.contract, context.at)
-    rollouts = Rollouts(context, fitting, trainer, judges, frozen, lenient)
+    engine = Engine(context, fitting, trainer) if by_engine else None
+    rollouts = Rollouts(context, fitting, trainer, judges, frozen, engine, lenient)
+    if rollouts.heldout:
+        trainer.heldout = Heldout(context, trainer, rollouts.measure, {}, at_start=True)
     metrics = fit(trainer, context, fitting, probe_rows(trainer.samples, ("input_ids",)))
-    try:
-        metrics |= rollouts.finish(trainer.state.global_step)
-    except Stopped:
-        raise Preempted(f"{context.name} is trained, and yet to be measured on held-out prompts") from None
+    if trainer.heldout is not None:
+        metrics["heldout/reward_at_start"] = trainer.heldout.measured[0]["reward"]
     return metrics | {"num_steps": trainer.state.global_step, "stopped_early": float(trainer.is_over)}
 
 

@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
 import pipeline
@@ -71,7 +72,7 @@ OVERRIDES = [
     ("sft.inputs.polcy=base", "stages.sft.inputs.polcy: sft reads no such input; did you mean 'policy'?"),
     ("dpo.inputs={policy: sft}", "stages.dpo.inputs.data: missing; name a dataset: chat, prefs"),
     ("dpo.inputs={}", "stages.dpo.inputs.policy: missing; name a policy: base, sft"),
-    ("dpo.inputs=sft", "stages.dpo.inputs: must map each of policy, data to a source or an earlier stage"),
+    ("dpo.inputs=sft", "stages.dpo.inputs: must map each of policy, data to a source or an earlier stage; heldout may be left out"),
     ("dpo.inputs=[sft]", "stages.dpo.inputs: must map each of policy, data"),
     ("sft.inputs.policy=dpo", "stages.sft.inputs.policy: 'dpo' does not stand above"),
     ("sft.inputs.policy=sft", "stages.sft.inputs.policy: 'sft' does not stand above"),
@@ -441,10 +442,11 @@ def wrong_values(info: FieldInfo) -> list[Any]:
     """Values of another type than a field's, and values just outside of its bounds."""
     kinds = {kind for kind in (bool, int, float, str, dict) if mentions(info.annotation, kind)}
     wrong: list[Any] = [[[1]]] if dict in kinds else [[[1]], {"nonsense": 1}]
+    numbers = [] if info.annotation is ByteSize else ["1", 1]  # bytes may be written either way
     if str not in kinds:
-        wrong += ["nonsense", "1", ""]
+        wrong += ["nonsense", "", *numbers[:1]]
     if not kinds & {int, float}:
-        wrong += [1, 0.5]
+        wrong += [0.5, *numbers[1:]]
     elif float not in kinds:
         wrong += [0.5, 1e30]
     if bool not in kinds:
@@ -461,17 +463,24 @@ def mentions(annotation: Any, kind: type) -> bool:
     return any(mentions(part, kind) for part in get_args(annotation))
 
 
-def fields_of(config: type[Config], at: str) -> Iterator[tuple[str, FieldInfo]]:
-    """Every field of a config class and of those nested in it, by its dotted path."""
+def fields_of(config: type[Config], at: str, around: tuple[str, ...] = ()) -> Iterator[tuple[str, FieldInfo, tuple[str, ...]]]:
+    """Every field of a config class and of those nested in it, by its dotted path; and what has to stand around it, as overrides."""
     for name, info in config.model_fields.items():
-        yield f"{at}.{name}", info
+        yield f"{at}.{name}", info, around
         for nested in (info.annotation, *get_args(info.annotation)):
             if isinstance(nested, type) and issubclass(nested, Config):
-                yield from fields_of(nested, f"{at}.{name}")
+                chosen = (f"{at}.{name}={json.dumps(least(nested))}",) if info.discriminator else ()
+                yield from fields_of(nested, f"{at}.{name}", (*around, *chosen))
+
+
+def least(config: type[Config]) -> dict[str, str]:
+    """A right value of each field that has to be given, which is a choice or the address of something."""
+    needed = {name: info.annotation for name, info in config.model_fields.items() if info.is_required()}
+    return {name: next(iter(get_args(annotation)), "http://127.0.0.1:1/v1") for name, annotation in needed.items()}
 
 
 FIELDS = [field for kind in ("sft", "dpo", "eval", "curate") for field in fields_of(load_stage(kind, kind).config, f"stages.{kind}")]
-WRONG = [(path, value) for path, info in FIELDS for value in wrong_values(info)]
+WRONG = [(path, value, around) for path, info, around in FIELDS for value in wrong_values(info)]
 
 
 @pytest.fixture(scope="module")
@@ -482,19 +491,19 @@ def every_kind(here: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("path", "value"), WRONG, ids=[f"{path}={value!r}" for path, value in WRONG])
+@pytest.mark.parametrize(("path", "value", "around"), WRONG, ids=[f"{path}={value!r}" for path, value, _ in WRONG])
 def test_a_wrong_value_of_any_field_names_the_field(
-    every_kind: Path, tmp_path: Path, posttrain: Callable[..., Any], path: str, value: Any
+    every_kind: Path, tmp_path: Path, posttrain: Callable[..., Any], path: str, value: Any, around: tuple[str, ...]
 ) -> None:
-    line = refusal(posttrain, every_kind, tmp_path / "runs", f"{path}={json.dumps(value)}")
+    line = refusal(posttrain, every_kind, tmp_path / "runs", *around, f"{path}={json.dumps(value)}")
     assert line.startswith(path)
 
 
 @FUZZ
 @given(mistakes=st.lists(st.sampled_from(WRONG), min_size=1, max_size=4))
-def test_of_several_mistakes_one_is_named(every_kind: Path, tmp_path: Path, mistakes: list[tuple[str, Any]]) -> None:
+def test_of_several_mistakes_one_is_named(every_kind: Path, tmp_path: Path, mistakes: list[tuple[str, Any, tuple[str, ...]]]) -> None:
     raw: Any = pipeline.read_pipeline(every_kind).model_dump(mode="json", exclude_unset=True)
-    for path, value in mistakes:
+    for path, value, _ in mistakes:
         with contextlib.suppress(UserError):  # one may stand in the place of another
             apply_override(raw, f"{path}={json.dumps(value)}")
     (tmp_path / "fuzzed.yaml").write_text(json.dumps(raw))

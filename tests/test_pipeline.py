@@ -390,14 +390,19 @@ def test_an_artifact_file_edited_by_hand_is_damaged(project: Project) -> None:
 OTHER_EXECUTION = {
     "num_processes": "2",
     "launcher": "{num_processes: 2}",
+    "stall_timeout_s": "7",
     "micro_batch_tokens": "300",
     "deepspeed": "ds_configs/zero2.json",
+    "fsdp": "full_shard",
     "gradient_checkpointing": "true",
     "layout": "padded",
+    "sequence_parallel_size": "1",  # more than there are processes is refused, and told by tests of its own
     "attn_implementation": "sdpa",
     "save_steps": "7",
     "save_minutes": "7",
     "keep": "{save_total_limit: 7}",
+    "max_shard_size": "7MB",
+    "report_to": "[tensorboard]",
     "deterministic": "false",
     "logging_steps": "7",
     "preflight": "{padding: 0.9}",
@@ -723,8 +728,8 @@ PLAN_KEYS = ["stage", "kind", "action", "why", "fingerprint", "inputs"]
 
 def test_plan_as_json_has_these_keys(project: Project) -> None:
     rows = project.rows()
-    assert [list(row) for row in rows.values()] == [[*PLAN_KEYS, "trains", "disk_bytes", "needs"]] * 3
-    assert list(rows["sft"]["disk_bytes"]) == ["prepared", "checkpoints", "output", "total", "peak"]
+    assert [list(row) for row in rows.values()] == [[*PLAN_KEYS, "trains", "disk_bytes", "needs", "smoke"]] * 3
+    assert list(rows["sft"]["disk_bytes"]) == ["prepared", "checkpoints", "output", "completions", "total", "peak"]
     assert rows["eval"]["inputs"] == {"policies": ["base", "sft", "dpo"], "data": ["chat", "prefs"]}
 
 
@@ -738,7 +743,7 @@ def test_status_as_json_has_these_keys(project: Project) -> None:
     project.run("--until", "dpo")
     (project.stage("dpo") / "progress.json").write_text('{"phase": "train", "step": 3, "num_steps": 9}')
     rows = project.rows(command="status")
-    assert [list(row) for row in rows.values()] == [[*PLAN_KEYS, "metrics", "progress", "output"]] * 3
+    assert [list(row) for row in rows.values()] == [[*PLAN_KEYS, "metrics", "progress", "output", "smoke"]] * 3
     assert rows["dpo"]["metrics"] == {"loss": 0.5}
     assert rows["dpo"]["progress"] == {"phase": "train", "step": 3, "num_steps": 9}
     assert rows["dpo"]["output"] == str(project.stage("dpo") / "output")
@@ -760,7 +765,7 @@ def test_status_without_a_config_lists_every_stage_of_every_run(project: Project
         "third/sft": "resume",
     }
     assert {row["kind"] for row in rows.values()} == {"sft", "dpo"}
-    assert set(rows["first/sft"]) == {"run", *PLAN_KEYS, "metrics", "progress", "output"}
+    assert set(rows["first/sft"]) == {"run", *PLAN_KEYS, "metrics", "progress", "output", "smoke"}
     table = project.call("status", "--root", project.root).out
     assert all(name in table for name in rows)
 

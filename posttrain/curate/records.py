@@ -1,7 +1,7 @@
 """Rows as JSON records: written so that every reader of data sets, ours first of all, reads back the very same rows.
 
 A conversation becomes `messages`, or `prompt` where a data set holds prompts without answers; a pair becomes `prompt`,
-`chosen` and `rejected`; `tools`, `checks` and `label` stand beside them where a row has any. `origin` is for people.
+`chosen` and `rejected`; `tools`, `checks`, `label` and `margin` stand beside them where a row has any. `origin` is for people.
 """
 
 from typing import Any
@@ -34,6 +34,8 @@ def to_record(row: Row, *, as_prompt: bool = False) -> Record:
         # Where an answer begins as its prompt does, readers take that for the prompt said again; so it is, for both.
         again = row.prompt if row.prompt in (row.chosen[: len(row.prompt)], row.rejected[: len(row.prompt)]) else []
         record = {"prompt": row.prompt, "chosen": again + row.chosen, "rejected": again + row.rejected}
+        if row.margin is not None:
+            record["margin"] = row.margin
     if row.tools:
         record["tools"] = row.tools
     return {**record, "origin": row.origin}

@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
@@ -170,22 +171,34 @@ class Language(Step):
 
     def run(self, candidates: Sequence[Candidate], bench: Bench) -> Outcome:
         """Judge the answers of a conversation together, and those of a pair one by one."""
-        identifier = _identifier()
+        _identifier()  # once, and not in each of the processes
 
         def judge(row: Row) -> Verdict | None:
             texts = answer_texts_of(row)
             for text in texts if isinstance(row, Pair) else ["\n".join(texts)]:
-                prose = LINK.sub(" ", without_code(text))
-                if sum(3 if letter > WIDE else 1 for letter in prose if letter.isalpha()) < self.min_chars:
-                    continue
-                language, confidence = identifier.classify(prose)
+                language, confidence = language_of(text, min_letters=self.min_chars) or (NO_LANGUAGE, 0.0)
                 if language not in (*self.allow, NO_LANGUAGE) and confidence >= self.min_confidence:
-                    return Verdict("other language", f"{language} ({confidence:.2f}): {excerpt(prose)}")
+                    return Verdict("other language", f"{language} ({confidence:.2f}): {excerpt(_prose(text))}")
             return None
 
         return judge_each(candidates, judge, bench)
 
 
+def language_of(text: str, *, min_letters: int) -> tuple[str, float] | None:
+    """The ISO 639 code of the language of its prose, and how sure that is, at most 1; None where it has fewer letters."""
+    prose = _prose(text)
+    if sum(3 if letter > WIDE else 1 for letter in prose if letter.isalpha()) < min_letters:
+        return None
+    language, confidence = _identifier().classify(prose)
+    return str(language), float(confidence)
+
+
+def _prose(text: str) -> str:
+    """The text without code and links."""
+    return LINK.sub(" ", without_code(text))
+
+
+@cache
 def _identifier() -> "LanguageIdentifier":
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 

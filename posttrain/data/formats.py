@@ -4,6 +4,7 @@ A layout is a function from a record to a row, and the fields that it reads; oth
 and so does an empty text in an optional field, since CSV has no null. Text is kept as it stands, to the last space.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,10 +13,10 @@ from posttrain.config import nearest
 from posttrain.data import json_text
 from posttrain.data.files import Record
 from posttrain.data.json_text import names, show
-from posttrain.data.rows import Conversation, Message, Pair, Role, Row, ToolCall
+from posttrain.data.rows import AnyRow, Conversation, Message, Pair, Role, Text, ToolCall
 from posttrain.error import UserError
 
-Format = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "preference", "unpaired", "prompt"]
+Format = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "preference", "unpaired", "prompt", "text"]
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 SHAREGPT_ROLES: dict[str, Role] = {
@@ -37,8 +38,8 @@ class Layout:
 
     needs: tuple[frozenset[str], ...]
     reads: frozenset[str]
-    row: type[Conversation] | type[Pair]
-    build: Callable[[Record, str], Row]
+    row: type[Conversation] | type[Pair] | type[Text]
+    build: Callable[[Record, str], AnyRow]
 
 
 def rename(record: Record, columns: Mapping[str, str]) -> Record:
@@ -54,12 +55,14 @@ def detect(columns: Collection[str], at: str) -> Format:
     """The one format that the column names fit. Raises `UserError`, beginning with `at`, where none does, or several do.
 
     Of two formats, the one that uses a strict superset of the columns of the other fits better: chosen and rejected beside
-    messages make a preference, and a label makes them unpaired. `prompt` has no answers, so it is taken only where nothing else fits.
+    messages make a preference, and a label makes them unpaired. `prompt` has no answers, and `text` no messages, so these are taken only
+    where nothing else fits.
     """
     present = frozenset(columns)
     used = {name: layout.reads & present for name, layout in LAYOUTS.items() if any(need <= present for need in layout.needs)}
-    if len(used) > 1:
-        used.pop("prompt", None)
+    for name in ("text", "prompt"):
+        if len(used) > 1:
+            used.pop(name, None)
     best = [name for name in used if not any(used[name] < other for other in used.values())]
     if len(best) == 1:
         return best[0]
@@ -70,7 +73,7 @@ def detect(columns: Collection[str], at: str) -> Format:
     )
 
 
-def convert(record: Record, form: Format, origin: str) -> Row:
+def convert(record: Record, form: Format, origin: str) -> AnyRow:
     """The row that `record`, under our field names, holds in the format `form`.
 
     `origin` is its place, such as `train.jsonl:17`. Raises `UserError`, and nothing else, as `origin: field: problem`.
@@ -83,7 +86,7 @@ def convert(record: Record, form: Format, origin: str) -> Row:
 
 def holds(form: Format) -> str:
     """What the rows of a format are, in words: those of one data set are all of a kind."""
-    return {"preference": "pairs", "unpaired": "labelled answers"}.get(form, "conversations")
+    return {"preference": "pairs", "unpaired": "labelled answers", "text": "plain text"}.get(form, "conversations")
 
 
 def check_columns(columns: Mapping[str, str], forms: Collection[Format], at: str) -> None:
@@ -148,7 +151,7 @@ def _from_preference(record: Record, origin: str) -> Pair:
     prompt = _with_system(record, prompt, at or "chosen")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         _check_answer(answer, name)
-    return Pair(prompt, chosen, rejected, _tools(record), origin)
+    return Pair(prompt, chosen, rejected, _tools(record), origin, _margin(record))
 
 
 def _from_unpaired(record: Record, origin: str) -> Conversation:
@@ -171,6 +174,10 @@ def _from_unpaired(record: Record, origin: str) -> Conversation:
     return Conversation(context + answer, _tools(record), [], origin, label)
 
 
+def _from_text(record: Record, origin: str) -> Text:
+    return Text(_text(_required(record, "text"), "text"), origin)
+
+
 def _label(record: Record) -> bool:
     value = _required(record, "label")
     label = LABELS.get(str(value).casefold()) if isinstance(value, (bool, int, str)) else None
@@ -182,6 +189,19 @@ def _label(record: Record) -> bool:
 
 
 # What the preference format adds.
+
+
+def _margin(record: Record) -> float | None:
+    if _absent(record, "margin"):
+        return None
+    value = record["margin"]
+    try:
+        margin = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise UserError(f"margin: must be a number, by how much the chosen answer is the better, got {show(value)}")
+    return margin
 
 
 def _answer(record: Record, name: str) -> list[Message]:
@@ -485,7 +505,9 @@ def _untrained(message: Message) -> Message:
     return {**message, "train": message.get("train", False)} if message["role"] == "assistant" else message
 
 
-def _layout(build: Callable[[Record, str], Row], row: type[Conversation] | type[Pair], needs: list[str], also: str = "") -> Layout:
+def _layout(
+    build: Callable[[Record, str], AnyRow], row: type[Conversation] | type[Pair] | type[Text], needs: list[str], also: str = ""
+) -> Layout:
     sets = tuple(frozenset(need.split()) for need in needs)
     return Layout(sets, frozenset().union(*sets) | frozenset(also.split()), row, build)
 
@@ -498,7 +520,8 @@ LAYOUTS: dict[Format, Layout] = {
     "prompt_completion": _layout(_from_prompt_completion, Conversation, ["prompt completion"], f"tools {CHECKS}"),
     "alpaca": _layout(_from_alpaca, Conversation, ["instruction output"], f"input system history {CHECKS}"),
     "sharegpt": _layout(_from_sharegpt, Conversation, ["conversations"], f"system tools {CHECKS}"),
-    "preference": _layout(_from_preference, Pair, ["chosen rejected"], "prompt conversations messages system tools"),
+    "preference": _layout(_from_preference, Pair, ["chosen rejected"], "prompt conversations messages system tools margin"),
     "unpaired": _layout(_from_unpaired, Conversation, ["prompt completion label", "messages label", "conversations label"], "system tools"),
     "prompt": _layout(_from_prompt, Conversation, ["prompt", "instruction checks"], f"input tools {CHECKS}"),
+    "text": _layout(_from_text, Text, ["text"]),
 }

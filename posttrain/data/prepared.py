@@ -7,13 +7,13 @@ without its manifest, which is written last, is never read, nor one whose files 
 
 import fcntl
 import shutil
-import uuid
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,11 @@ import numpy.typing as npt
 from posttrain import disk
 from posttrain.artifact import fingerprint_source
 from posttrain.batch import Sizes
-from posttrain.data.rows import Row, question
+from posttrain.data.rows import AnyRow, Row, question
 from posttrain.data.samples import Encoder, Fault, LeftOut
 from posttrain.data.source import OpenSource, open_source, unit_bits
 from posttrain.error import UserError
+from posttrain.footprint import Rows, read_content
 from posttrain.parallel import map_chunks
 from posttrain.progress import Progress
 from posttrain.stage import Input, StageContext
@@ -36,9 +37,17 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FILE = "prepared.json"
+DATA = "data"
+"""Role of the rows that are learned from."""
 ROWS_AT_ONCE = 500
 """Rows of a chunk that one worker encodes: small enough to be few in memory, large enough to be worth sending."""
-SAID_BY_ROW = ("row", "origin", "length", "num_trained", "fingerprint", "question", "is_cut", "is_unstopped", "is_asked_otherwise", "label")
+ROWS_LOOKED_AT = 200_000
+"""Rows among which a stage that is only tried looks for its longest samples, where its data are more and not prepared yet."""
+LEAST_TRIED = 64
+"""Samples that it has at least, though a step may be of fewer: some losses compare samples with others."""
+SAID_BY_ROW = (
+    "row", "origin", "length", "num_trained", "fingerprint", "question", "is_cut", "is_unstopped", "is_asked_otherwise", "label", "margin",
+)  # fmt: skip
 """Columns beside the encoder's own: which row it was, and what the preflight looks at."""
 
 
@@ -111,32 +120,79 @@ class Prepared:
 
 
 def prepare(
-    context: StageContext[Any], given: Input, encoder: Encoder, *, fatal: Collection[Fault] = (), num_processes: int | None = None
+    context: StageContext[Any],
+    given: Input,
+    encoder: Encoder,
+    *,
+    fatal: Collection[Fault] = (),
+    num_processes: int | None = None,
+    role: str = DATA,
 ) -> Prepared:
     """Encode every row of an input, or find it encoded already. Writes `prepared.json` into the stage directory.
 
-    The first row with a fault that is `fatal` ends it. Of several processes that want the same at once, one makes it, by
-    default with all cores.
+    Those of another role than `data` come after these, and are told beside them. The first row with a fault that is `fatal` ends it.
+    Of several processes that want the same at once, one makes it, by default with all cores. A stage that is only tried gets the
+    longest samples alone: of all rows where they are prepared already or are no more than can be in a minute, else of the first ones.
     """
-    path = context.root / ".prepared" / _key(context, given, encoder)
+    shelf = context.root / ".prepared"
+    path = shelf / _key(context, given, encoder)
     hashes = disk.HashCache(context.root / ".hashes.json")
+    most = None
+    if context.is_smoke and not _is_whole(path, hashes) and _are_many(given):
+        most = ROWS_LOOKED_AT
+        path = shelf / disk.hash_json({"of": path.name, "first": most})[:32]
     if not _is_whole(path, hashes):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        shelf.mkdir(parents=True, exist_ok=True)
         progress = Progress(context.directory, is_main=context.is_main)
         progress.phase("wait for another process that prepares the same data")
         with _alone(path):
             if not _is_whole(path, hashes):
                 progress.phase("prepare data")
                 disk.discard_damaged(path, hashes)
-                _encode_all(context, given, encoder, path, frozenset(fatal), progress, num_processes)
+                _encode_rows(context, given, encoder, path, frozenset(fatal), progress, num_processes, most)
+    if context.is_smoke:
+        path = _choose_longest(path, max(context.config.global_batch_size, LEAST_TRIED), encoder, hashes)
     hashes.save()
-    disk.write_json(context.directory / FILE, {"path": str(path)})
-    return open_prepared(path)
+    found = open_prepared(path)
+    told = {"longest_tokens": int(found.sizes("padded").longest[0])} if context.is_smoke else {}
+    pointer = context.directory / FILE
+    if role == DATA:
+        disk.write_json(pointer, {"path": str(path), **told})
+    else:
+        data = disk.read_json(pointer)
+        disk.write_json(pointer, {**data, role: str(path), "paths": [data["path"], str(path)]})
+    return found
 
 
-def read_prepared(context: StageContext[Any]) -> Prepared:
-    """What `prepare` made for this stage."""
-    return open_prepared(Path(disk.read_json(context.directory / FILE)["path"]))
+def _are_many(given: Input) -> bool:
+    """Whether the rows of an input may be more than are looked at for its longest."""
+    content = read_content(given.source)
+    return not isinstance(content, Rows) or content.num_rows > ROWS_LOOKED_AT
+
+
+def _choose_longest(path: Path, count: int, encoder: Encoder, hashes: disk.HashCache) -> Path:
+    """Where the longest samples of prepared data lie by themselves, the longest first."""
+    import pyarrow as pa
+
+    chosen = path.with_name(disk.hash_json({"of": path.name, "longest": count})[:32])
+    if _is_whole(chosen, hashes):
+        return chosen
+    disk.discard_damaged(chosen, hashes)
+    whole = open_prepared(path)
+    longest = np.argsort(-whole.sizes("padded").longest, kind="stable")[:count]
+    batch = pa.RecordBatch.from_pydict(whole.samples.select(longest).to_dict(), schema=_schema(encoder))
+    with disk.new_entry(chosen) as (aside, record):
+        with pa.OSFile(str(aside / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        tokens, trained = (int(whole.column(name)[longest].sum()) for name in ("length", "num_trained"))
+        record |= disk.read_sealed(path / disk.MANIFEST)
+        record |= {"num_rows": len(longest), "num_tokens": tokens, "num_trained_tokens": trained}
+    return chosen
+
+
+def read_prepared(context: StageContext[Any], role: str = DATA) -> Prepared:
+    """What `prepare` made for this stage of its input of that role."""
+    return open_prepared(Path(disk.read_json(context.directory / FILE)["path" if role == DATA else role]))
 
 
 def open_prepared(path: Path) -> Prepared:
@@ -150,7 +206,7 @@ def describe_formats(source: OpenSource) -> list[str]:
     return [f"{entry.path} is {entry.format}" + (", as its columns tell" if entry.detected else "") for entry in source.entries]
 
 
-def question_bits(row: Row) -> int:
+def question_bits(row: AnyRow) -> int:
     """64 bits that two rows share if they ask the same, white space and letter case aside."""
     return unit_bits(question(row))
 
@@ -223,7 +279,7 @@ class _Total:
         self.trained[tokens] += counts
 
 
-def _encode_all(
+def _encode_rows(
     context: StageContext[Any],
     given: Input,
     encoder: Encoder,
@@ -231,17 +287,17 @@ def _encode_all(
     fatal: frozenset[Fault],
     progress: Progress,
     num_processes: int | None,
+    most: int | None,
 ) -> None:
+    """Encode all rows, or at most so many of the first."""
     source = open_source(given.data, f"{context.at}: {given.name}")
-    aside = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")
-    aside.mkdir()
-    try:
-        chunks = _encode_chunks(encoder, encoder.rows(source.rows()), fatal, num_processes)
+    with disk.new_entry(path) as (aside, record):
+        chunks = _encode_chunks(encoder, islice(encoder.rows(source.rows()), most), fatal, num_processes)
         total = _write_rows(aside / "rows.arrow", chunks, encoder, progress)
         if not total.num_rows:
             raise UserError(f"{context.at}: no row of {given.name} is left to train on; the first: {next(iter(total.examples.values()))}")
         np.save(aside / "trained.npy", total.trained)
-        manifest = {
+        record |= {
             "num_read": total.num_read,
             "num_rows": total.num_rows,
             "num_tokens": total.num_tokens,
@@ -253,16 +309,7 @@ def _encode_all(
             "formats": describe_formats(source),
             "columns": list(encoder.columns),
             "num_pairs_split": total.num_read // 2 if encoder.splits_pairs and source.entries[0].format == "preference" else 0,
-            "files": disk.describe_files(aside, disk.list_files(aside)),
         }
-        disk.write_sealed(aside / disk.MANIFEST, manifest)
-        try:
-            disk.publish_directory(aside, path)
-        except OSError:
-            if not (path / disk.MANIFEST).is_file():  # unless, on a disk without locks, another process was faster with the very same
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _encode_chunks(encoder: Encoder, rows: Iterable[Row], fatal: frozenset[Fault], num_processes: int | None) -> Iterator[_Chunk]:
@@ -299,6 +346,7 @@ def _encode_chunk(encoder: Encoder, rows: Sequence[tuple[int, Row]], fatal: froz
             "is_unstopped": sample.is_unstopped,
             "is_asked_otherwise": sample.is_asked_otherwise,
             "label": sample.label,
+            "margin": sample.margin,
         }
         for name, value in said.items():
             columns[name].append(value)
@@ -312,7 +360,7 @@ def _schema(encoder: Encoder) -> "pa.Schema":
     import pyarrow as pa
 
     numbers = {"row": pa.int64(), "length": pa.int32(), "num_trained": pa.int32(), "fingerprint": pa.uint64(), "question": pa.uint64()}
-    types = {**numbers, "origin": pa.string()}
+    types = {**numbers, "origin": pa.string(), "margin": pa.float64()}
     return pa.schema(
         [(name, pa.list_(pa.int32())) for name in encoder.columns] + [(name, types.get(name, pa.bool_())) for name in SAID_BY_ROW]
     )

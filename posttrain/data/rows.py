@@ -1,4 +1,5 @@
-"""What every data set becomes: conversations, which may bear labels, or pairs of answers to one prompt. Nothing here checks input.
+"""What every data set becomes: conversations, which may bear labels, pairs of answers to one prompt, or plain text. Nothing here checks
+input.
 
 A row is what `formats` made of one record, so it may be relied upon: every content is text, only an assistant message with
 tool calls has an empty one, a system message stands first or not at all, and both answers of a pair end with the assistant.
@@ -61,9 +62,23 @@ class Pair:
     """As in `Conversation`."""
     origin: str
     """As in `Conversation`."""
+    margin: float | None = None
+    """By how much the chosen answer is the better, where somebody said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text that nobody says: how well a policy predicts it is measured, and nothing else is done with it."""
+
+    text: str
+    origin: str
+    """As in `Conversation`."""
 
 
 Row = Conversation | Pair
+"""What stages read."""
+AnyRow = Row | Text
+"""What a data set may hold."""
 
 
 def split_pairs(rows: Iterable[Row]) -> Iterator[Row]:
@@ -80,17 +95,21 @@ def _trained(messages: list[Message], train: bool) -> list[Message]:
     return [{**message, "train": train} if message["role"] == "assistant" else message for message in messages]
 
 
-def prompt_text(row: Row) -> str:
+def prompt_text(row: AnyRow) -> str:
     """The roles and contents of the prompt as one text: the key by which the held-out split keeps rows together.
 
     The prompt of a conversation ends before the first assistant message that answers something; an opening greeting by the
-    assistant is part of it, since otherwise all conversations that open so would share the empty prompt.
+    assistant is part of it, since otherwise all conversations that open so would share the empty prompt. Plain text is all prompt.
     """
+    if isinstance(row, Text):
+        return row.text
     return "".join(f"{message['role']}\n{message['content']}\n" for message in _prompt(row))
 
 
-def question(row: Row) -> str:
+def question(row: AnyRow) -> str:
     """What is asked, in a form that two rows share if they ask the same: without system prompt, white space and case aside."""
+    if isinstance(row, Text):
+        return " ".join(row.text.casefold().split())
     asked = [message["content"] for message in _prompt(row) if message["role"] in ("user", "tool")]
     return " ".join(" ".join(asked).casefold().split())
 
@@ -100,6 +119,16 @@ def asked_messages(row: Row) -> list[Message]:
     if isinstance(row, Pair):
         return row.prompt
     return row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
+
+
+def asked_turns(row: Row) -> list[list[Message]]:
+    """`asked_messages`, cut wherever a policy is to answer: where one user message follows another, and at the end."""
+    turns: list[list[Message]] = [[]]
+    for message in asked_messages(row):
+        if message["role"] == "user" and turns[-1] and turns[-1][-1]["role"] == "user":
+            turns.append([])
+        turns[-1].append(message)
+    return turns
 
 
 def _prompt(row: Row) -> list[Message]:

@@ -53,6 +53,8 @@ class Sample:
     """Whether an answer begins otherwise than it is asked for."""
     label: bool | None = None
     """Whether its answer is desirable, where rows are learned by that."""
+    margin: float | None = None
+    """By how much the chosen answer of a pair is the better, where its row says so."""
 
     @property
     def fingerprint(self) -> int:
@@ -146,6 +148,7 @@ def pair_encoder(
         }
 
     def cut(row: Row, encoded: dict[str, Encoded]) -> Sample:
+        assert isinstance(row, Pair), "its sequences are those of a pair"
         prompt, chosen = _split(encoded["chosen"])
         _, rejected = _split(encoded["rejected"])
         if chosen == rejected:
@@ -165,6 +168,7 @@ def pair_encoder(
             is_long,
             is_long,
             encoded["chosen"].asked_otherwise,
+            margin=row.margin,
         )
 
     columns = ("prompt_ids", "chosen_ids", "rejected_ids")

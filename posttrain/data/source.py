@@ -19,7 +19,7 @@ from posttrain.config import DataSource, is_hub_id, nearest
 from posttrain.data.files import Record, Records, open_file, open_hub
 from posttrain.data.formats import LAYOUTS, Format, check_columns, convert, detect, holds, rename
 from posttrain.data.json_text import names, show
-from posttrain.data.rows import Row, prompt_text
+from posttrain.data.rows import AnyRow, Row, Text, prompt_text
 from posttrain.error import UserError
 
 
@@ -45,8 +45,18 @@ class OpenSource:
     def rows(self) -> Iterator[Row]:
         """The rows, all `Conversation` or all `Pair`; each call reads anew and gives the same.
 
-        Raises `UserError` where a record is wrong, naming its place and field, and where no row is left at all.
+        Raises `UserError` where a record is wrong, naming its place and field, where it is plain text, and where no row is left at all.
         """
+        for row in self.all_rows():
+            if isinstance(row, Text):
+                raise UserError(
+                    f"{row.origin}: is plain text, and only eval reads that, to measure forgetting; "
+                    "give conversations or pairs, or name the columns that hold them with columns:"
+                )
+            yield row
+
+    def all_rows(self) -> Iterator[AnyRow]:
+        """The same, of a source that may also hold plain text."""
         num_rows = 0
         for row in self._drawn():
             num_rows += 1
@@ -54,7 +64,7 @@ class OpenSource:
         if num_rows == 0:
             raise UserError(f"{self.at}: {self._why_empty()}")
 
-    def _drawn(self) -> Iterator[Row]:
+    def _drawn(self) -> Iterator[AnyRow]:
         if self.source.weights is None and self.source.max_samples is None:
             return self._concatenated()
         counts = [sum(1 for _ in self._kept(entry)) for entry in self.entries]
@@ -62,11 +72,11 @@ class OpenSource:
             return self._mixed(counts)
         return _pick(self._concatenated(), draw(sum(counts), self._limit(sum(counts)), self.source.seed, "all"))
 
-    def _concatenated(self) -> Iterator[Row]:
+    def _concatenated(self) -> Iterator[AnyRow]:
         for entry in self.entries:
             yield from self._kept(entry)
 
-    def _mixed(self, counts: list[int]) -> Iterator[Row]:
+    def _mixed(self, counts: list[int]) -> Iterator[AnyRow]:
         """The drawn rows of every entry in file order, spread evenly over the whole."""
         for entry, count in zip(self.entries, counts, strict=True):
             if count == 0:
@@ -76,7 +86,7 @@ class OpenSource:
         for _, _, row in heapq.merge(*streams, key=lambda placed: placed[:2]):
             yield row
 
-    def _placed(self, index: int, num_rows: int, take: int) -> Iterator[tuple[float, int, Row]]:
+    def _placed(self, index: int, num_rows: int, take: int) -> Iterator[tuple[float, int, AnyRow]]:
         """`take` rows of one entry, each with its place in [0, 1]: a random point in its own slot of `take` equal ones."""
         seed = self.source.seed
         rows = _pick(self._kept(self.entries[index]), draw(num_rows, take, seed, str(index)))
@@ -97,7 +107,7 @@ class OpenSource:
     def _limit(self, num_rows: int) -> int:
         return num_rows if self.source.max_samples is None else min(num_rows, self.source.max_samples)
 
-    def _kept(self, entry: Entry) -> Iterator[Row]:
+    def _kept(self, entry: Entry) -> Iterator[AnyRow]:
         """The rows of one entry that are on the asked side of the held-out split, in file order."""
         source = self.source
         for position, record in read_records(source, entry.path, self.at):
@@ -137,7 +147,7 @@ def open_source(source: DataSource, at: str) -> OpenSource:
     return OpenSource(at, source, entries)
 
 
-def is_held_out(row: Row, source: DataSource) -> bool:
+def is_held_out(row: AnyRow, source: DataSource) -> bool:
     """Whether the prompt of `row` is on the held-out side: by the seed and the prompt alone, wherever the row stands."""
     return unit(source.seed, prompt_text(row)) < source.held_out
 
@@ -159,7 +169,7 @@ def draw(num_rows: int, take: int, seed: int, salt: str) -> Sequence[int]:
     return sorted(heapq.nsmallest(take, range(num_rows), key=lambda position: unit(seed, f"draw {salt} {position}")))
 
 
-def _pick(rows: Iterator[Row], positions: Sequence[int]) -> Iterator[Row]:
+def _pick(rows: Iterator[AnyRow], positions: Sequence[int]) -> Iterator[AnyRow]:
     """The rows at the ascending `positions`; reads no further than the last of them."""
     wanted = iter(positions)
     next_position = next(wanted, None)

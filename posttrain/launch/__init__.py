@@ -9,7 +9,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from posttrain.config import LauncherConfig, LocalLauncher
+from posttrain.config import HostsLauncher, KubernetesLauncher, LauncherConfig, LocalLauncher
+from posttrain.launch.hosts import hosts_launcher
+from posttrain.launch.kubernetes import kubernetes_launcher
 from posttrain.launch.local import local_launcher
 from posttrain.launch.slurm import slurm_launcher
 from posttrain.ledger import Attempt
@@ -21,6 +23,10 @@ Launch = Callable[[Path, Attempt], None]
 
 
 def open_launcher(config: LauncherConfig, console: "Console", deadline: float) -> AbstractContextManager[Launch]:
-    """The launcher of that config, made ready. What it runs on this machine stops in order before `deadline`, a time of the monotonic
-    clock; a job of Slurm has a time limit of its own."""
-    return local_launcher(console, deadline) if isinstance(config, LocalLauncher) else slurm_launcher(config, console)
+    """The launcher of that config, made ready. What it runs by itself stops in order before `deadline`, a time of the monotonic
+    clock; a job of a cluster has a time limit of its own."""
+    if isinstance(config, LocalLauncher):
+        return local_launcher(console, deadline)
+    if isinstance(config, HostsLauncher):
+        return hosts_launcher(config, console, deadline)
+    return kubernetes_launcher(config, console) if isinstance(config, KubernetesLauncher) else slurm_launcher(config, console)

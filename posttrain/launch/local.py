@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 from posttrain import disk
 from posttrain.artifact import FILE as ARTIFACT_FILE
 from posttrain.artifact import OUTPUT
-from posttrain.error import EXIT_PREEMPTED, Preempted, StageFailed, UserError, heed_signals
+from posttrain.error import EXIT_PREEMPTED, EXIT_USER, Preempted, StageFailed, UserError, heed_signals
+from posttrain.heartbeat import Lookout
 from posttrain.ledger import PREFLIGHT_FILE, Attempt, LeaseLost
 from posttrain.progress import Watcher
 from posttrain.worker import ERROR_FILE, Phase, work_ahead, worker
@@ -137,6 +138,7 @@ def _run_phase(
         }
         ranks.append(context.Process(target=worker, args=(directory, phase, rendezvous), name=f"{attempt.name}:{phase}:{rank}"))
     running: list[ForkServerProcess] = []
+    lookout = Lookout(directory, attempt, world_size)
     within_s = STOP_WITHIN_S
     try:
         for process in ranks:
@@ -146,21 +148,27 @@ def _run_phase(
         while all(process.exitcode in (None, 0) for process in ranks) and any(process.exitcode is None for process in ranks):
             connection.wait([process.sentinel for process in ranks if process.exitcode is None], timeout=POLL_S)
             watcher.show()
-            if time.monotonic() > deadline - _reserve_s(watcher):
+            if time.monotonic() > deadline - reserve_s(watcher):
                 raise Preempted(f"stages.{attempt.name}: the time limit is near")
+            lookout.look()
+        if any(process.exitcode not in (None, 0, EXIT_USER, EXIT_PREEMPTED) for process in ranks):
+            lookout.examine()
     except LeaseLost:
         within_s = 0.0  # another driver builds the stage, and must find nobody else at it
         raise
     except (Preempted, KeyboardInterrupt):
         within_s = SAVE_WITHIN_S
         raise
+    except StageFailed:
+        within_s = 0.0  # they hang
+        raise
     finally:
         # On every way out (a rank that failed, an interrupt, a signal) no process is left behind.
         stopped = _stop(running, within_s)
-    _raise_failure(directory, attempt, ranks, stopped)
+    _raise_failure(directory, attempt, ranks, stopped, lookout)
 
 
-def _reserve_s(watcher: Watcher) -> float:
+def reserve_s(watcher: Watcher) -> float:
     """Seconds that it takes to stop in order: the rest of a step, and to save, as both were measured."""
     state = watcher.state
     save_s = state.get("save_s") or UNMEASURED_S
@@ -189,7 +197,9 @@ def _stop(ranks: list[ForkServerProcess], within_s: float) -> list[ForkServerPro
     return left
 
 
-def _raise_failure(directory: Path, attempt: Attempt, ranks: list[ForkServerProcess], stopped: list[ForkServerProcess]) -> None:
+def _raise_failure(
+    directory: Path, attempt: Attempt, ranks: list[ForkServerProcess], stopped: list[ForkServerProcess], lookout: Lookout
+) -> None:
     """Raise what the exit codes and the ranks' own words say; nothing where all went well."""
     codes = [process.exitcode or 0 for process in ranks]
     if not any(codes):
@@ -200,16 +210,17 @@ def _raise_failure(directory: Path, attempt: Attempt, ranks: list[ForkServerProc
         if codes[rank] < 0 and process not in stopped:
             hint = "; out of memory is the usual reason" if codes[rank] == -signal.SIGKILL else ""
             how = signal.Signals(-codes[rank]).name
-            raise StageFailed(f"stages.{attempt.name}: rank {rank} ended (killed by {how}){hint}; its log is {logs}/rank_{rank}.log")
-    for rank in range(len(ranks)):
-        if record := disk.read_json(logs / ERROR_FILE.format(rank=rank)):
-            if record["kind"] == "user":
-                raise UserError(record["message"])
-            raise StageFailed(f"stages.{attempt.name}: rank {rank}: {record['message']}; its log is {logs}/rank_{rank}.log")
+            raise lookout.died(rank, f"rank {rank} ended (killed by {how}){hint}")
+    # Who failed first is the reason for what comes after.
+    records = {rank: record for rank in range(len(ranks)) if (record := disk.read_json(logs / ERROR_FILE.format(rank=rank)))}
+    for rank, record in sorted(records.items(), key=lambda entry: entry[1]["time"]):
+        if record["kind"] == "user":
+            raise UserError(record["message"])
+        raise lookout.died(rank, f"rank {rank}: {record['message']}")
     if EXIT_PREEMPTED in codes:
         raise Preempted(f"stages.{attempt.name} was asked to stop and saved its state")
     dead = next(rank for rank, code in enumerate(codes) if code)
-    raise StageFailed(f"stages.{attempt.name}: rank {dead} ended (exit code {codes[dead]}); its log is {logs}/rank_{dead}.log")
+    raise lookout.died(dead, f"rank {dead} ended (exit code {codes[dead]})")
 
 
 def free_port() -> int:

@@ -22,22 +22,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-import posttrain
 from posttrain import disk
-from posttrain.artifact import FILE as ARTIFACT_FILE
-from posttrain.artifact import OUTPUT
 from posttrain.config import SlurmLauncher
 from posttrain.error import EXIT_PREEMPTED, Preempted, StageFailed, UserError, heed_signals
-from posttrain.launch.local import LIBRARIES, POLL_S, SAVE_WITHIN_S, tell_summary
-from posttrain.ledger import PREFLIGHT_FILE, Attempt, LeaseLost
-from posttrain.progress import Watcher
+from posttrain.heartbeat import Lookout, describe, num_fruitless, read_beat
+from posttrain.launch.local import LIBRARIES, POLL_S, SAVE_WITHIN_S
+from posttrain.launch.one_launch import Following, following, is_published
+from posttrain.launch.queue import Queued, Refused, call
+from posttrain.ledger import Attempt, LeaseLost
+from posttrain.nodes import check_nodes, python_path, refuse
 from posttrain.worker import CORES, ERROR_FILE
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-ANSWER_WITHIN_S = 120.0
-"""How long a command of Slurm may take to answer."""
+NODES_WITHIN_MIN = 15
+"""Time limit of a job that only looks at nodes, in minutes."""
 KILL_WITHIN_S = 60.0
 """How long srun may take to end its ranks by force."""
 ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
@@ -49,21 +49,53 @@ STOPPED = (f"Exited with exit code {EXIT_PREEMPTED}", "Terminated", "User define
 # --- the commands of Slurm -------------------------------------------------------------------------------------------
 
 
-class Refused(UserError):
-    """A command of Slurm said no."""
+def _call(*command: str) -> str:
+    return call(*command, cluster="Slurm", check="scontrol ping")
 
 
-def call(*command: str) -> str:
-    """What a command of Slurm prints. Raises `UserError` where it is missing or does not answer, `Refused` where it says no."""
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=ANSWER_WITHIN_S)
-    except OSError:
-        raise UserError(f"{command[0]}: is not on the PATH here; use a node that has Slurm's commands, or launcher.kind=local") from None
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]}: no answer within {ANSWER_WITHIN_S:.0f} s; is Slurm up? `scontrol ping` says so") from None
-    if done.returncode:
-        raise Refused(f"{command[0]}: {(done.stderr.strip().splitlines() or ['refused without a word'])[-1]}")
-    return done.stdout
+class SlurmQueue:
+    """Slurm, by its commands."""
+
+    name = "Slurm"
+
+    def ask(self, numbers: Sequence[str]) -> dict[str, Queued]:
+        """What `squeue` says of them."""
+        try:
+            said = _call("squeue", "--noheader", "--states=all", f"--jobs={','.join(numbers)}", "--format=%i|%T|%R")
+        except Refused as refused:
+            if "Invalid job id" in str(refused):
+                return {}
+            raise
+        found = [line.strip().split("|", 2) for line in said.splitlines()]
+        return {number: Queued(state, where) for number, state, where in found}
+
+    def give(self, path: Path) -> str:
+        """The number that `sbatch` gives it."""
+        return _call("sbatch", "--parsable", str(path)).split(";")[0].strip()
+
+    def withdraw(self, number: str) -> str | None:
+        """A plain `scancel` would end the ranks along with the driver, so the driver alone is told."""
+        _call("scancel", "--state=PENDING", number)
+        queued = self.ask([number]).get(number)
+        if queued is None or queued.state != "RUNNING":
+            return None
+        _call("scancel", "--batch", "--signal=TERM", number)
+        return queued.where
+
+    def here(self) -> str | None:
+        """As Slurm tells each process of a job."""
+        return os.environ.get("SLURM_JOB_ID")
+
+    def again(self, number: str) -> str | None:
+        """Requeue it, where Slurm still calls it running: else it was ended for good, and would be raised from the dead."""
+        try:
+            queued = self.ask([number]).get(number)
+            if queued is None or queued.state != "RUNNING":
+                return f"Slurm says that it is {queued.state.lower() if queued else 'known no more'}"
+            _call("scontrol", "requeue", number)
+        except UserError as error:
+            return str(error)
+        return None
 
 
 # --- what a job is made of: pure functions ---------------------------------------------------------------------------
@@ -76,7 +108,7 @@ class Script:
     run: str
     stage: str
     launcher: SlurmLauncher
-    log: Path
+    output: Path
     """`%j` in its name stands for the number of the job."""
     directory: Path
     """Where it runs: paths of the pipeline file are relative to it."""
@@ -85,12 +117,23 @@ class Script:
     after: Sequence[str]
     """Numbers of the jobs that must end well before."""
 
+    file = "script.sbatch"
+
+    @property
+    def placeholder(self) -> str:
+        """Numbers are Slurm's to give."""
+        return f"JOB-OF-{self.stage}"
+
+    def log(self, number: str) -> str:
+        """The file that `--output` names."""
+        return str(self.output).replace("%j", number)
+
     def text(self) -> str:
         """The script, as `sbatch` takes it."""
         launcher = self.launcher
         options = {
             "--job-name": f"{self.run}.{self.stage}",
-            "--output": _unpattern(self.log),
+            "--output": _unpattern(self.output),
             "--open-mode": "append",
             "--chdir": str(self.directory),
             "--partition": launcher.partition,
@@ -157,6 +200,24 @@ def rank_command(
     return [*srun, *_in_container(launcher, mounts), python, *worker]
 
 
+def node_command(launcher: SlurmLauncher, directory: Path, mounts: Sequence[Path], *, is_job: bool) -> list[str]:
+    """What starts a task of `posttrain.nodes` on each node: of the job that this is, or else of one that it waits for."""
+    cores = launcher.cpus_per_process
+    options = {
+        "--partition": launcher.partition,
+        "--account": launcher.account,
+        "--qos": launcher.qos,
+        "--gpus-per-node": launcher.gpus_per_node or None,
+        "--time": NODES_WITHIN_MIN,
+    }
+    asked = [] if is_job else [*(f"{name}={value}" for name, value in options.items() if value is not None), *launcher.sbatch]
+    srun = ["srun", *asked, f"--nodes={launcher.num_nodes}", f"--ntasks={launcher.num_nodes}", "--ntasks-per-node=1"]
+    srun += [f"--cpus-per-task={cores * launcher.tasks_per_node}"] if cores else []
+    python = launcher.python or (sys.executable if launcher.container is None else "python")
+    inside = _in_container(launcher, mounts)
+    return [*srun, "--mpi=none", "--export=ALL", "--wait=0", *inside, python, "-m", "posttrain.nodes", str(directory)]
+
+
 def _in_container(launcher: SlurmLauncher, mounts: Sequence[Path]) -> list[str]:
     if launcher.container is None:
         return []
@@ -177,57 +238,80 @@ def slurm_launcher(launcher: SlurmLauncher, console: "Console") -> Iterator[Call
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if nodes is None:
         raise UserError("launcher.kind: slurm, and this is no job of Slurm; `submit` makes jobs of the stages")
-    hosts = call("scontrol", "show", "hostnames", nodes).split()
+    hosts = _call("scontrol", "show", "hostnames", nodes).split()
 
     def launch(directory: Path, attempt: Attempt) -> None:
-        is_published = (directory / OUTPUT).is_dir()
-        if not is_published:
-            (directory / PREFLIGHT_FILE).unlink(missing_ok=True)  # it tells of the attempt before
+        _refuse_to_repeat(directory, attempt, launcher.max_requeues)
         port = _free_port(hosts[0])
-        # What is published needs no other rank to be verified.
         mounts = [Path.cwd(), Path(attempt.root)]
-        command = rank_command(launcher, directory, address=hosts[0], port=port, mounts=mounts, alone=is_published)
+        command = rank_command(launcher, directory, address=hosts[0], port=port, mounts=mounts, alone=is_published(directory))
         environment = {
             **os.environ,
             **LIBRARIES,
             **({CORES: str(launcher.cpus_per_process)} if launcher.cpus_per_process else {}),
             "MASTER_ADDR": hosts[0],
             "MASTER_PORT": str(port),
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(posttrain.__file__).parents[1]), os.environ.get("PYTHONPATH")])),
+            "PYTHONPATH": python_path(),
         }
         console.print(f"  {shlex.join(command)}", markup=False, highlight=False, soft_wrap=True)
-        with Watcher(directory, attempt.name, console) as watcher:
+        with following(directory, attempt, console, examine=lambda logs: _examine(hosts, logs)) as follow:
             try:
-                _run_ranks(command, environment, directory, attempt, watcher, console)
+                if launcher.check_nodes and len(hosts) > 1:
+                    _check_nodes(launcher, hosts, attempt, mounts, console)
+                _run_ranks(command, environment, directory, attempt, follow, console)
             except StageFailed as failure:
                 if silent := _silent(hosts):
                     raise Preempted(f"stages.{attempt.name}: no answer from {', '.join(silent)}, so {failure}") from failure
                 raise
-        if not (directory / ARTIFACT_FILE).is_file():
-            raise StageFailed(f"stages.{attempt.name}: ended without an artifact; its logs are in {attempt.logs(directory)}")
 
     yield launch
 
 
+def _check_nodes(launcher: SlurmLauncher, hosts: Sequence[str], attempt: Attempt, mounts: Sequence[Path], console: "Console") -> None:
+    """Raise `UserError` where a node of the job is not like the others."""
+    sources = [entry["source"] for role in attempt.inputs.values() for entry in role]
+    findings = check_nodes(
+        Path(attempt.root),
+        hosts,
+        lambda directory: node_command(launcher, directory, mounts, is_job=True),
+        num_gpus=launcher.gpus_per_node,
+        models=sorted((source["model"], source["revision"]) for source in sources if source.get("revision")),
+    )
+    for finding in findings:
+        console.print(f"  nodes: {finding.state}: {finding.what}: {finding.found}", markup=False, highlight=False, soft_wrap=True)
+    refuse(findings)
+
+
+def _refuse_to_repeat(directory: Path, attempt: Attempt, most: int) -> None:
+    """Raise `StageFailed` where this job was requeued more often than that, in a row, and came no further by it."""
+    times = min(num_fruitless(directory, attempt), int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+    if times > most:
+        last = read_beat(directory / "logs" / f"attempt_{attempt.number - 1}", 0)
+        where = describe(last) if last else "its start"
+        said = f"stages.{attempt.name}: was started {times + 1} times and came no further than to {where}"
+        raise StageFailed(f"{said}; its logs are in {directory / 'logs'}; launcher.max_requeues allows more")
+
+
 def _run_ranks(
-    command: Sequence[str], environment: dict[str, str], directory: Path, attempt: Attempt, watcher: Watcher, console: "Console"
+    command: Sequence[str],
+    environment: dict[str, str],
+    directory: Path,
+    attempt: Attempt,
+    follow: Following,
+    console: "Console",
 ) -> None:
     """Run the ranks to their end. Raises as a launcher does."""
     ranks = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", env=environment)
     said: list[str] = []
     listener = threading.Thread(target=_listen, args=(ranks.stderr, said), daemon=True)
     listener.start()
-    is_told = (directory / OUTPUT).is_dir()
     try:
         while ranks.poll() is None:
             with suppress(subprocess.TimeoutExpired):
                 ranks.wait(POLL_S)
-            watcher.show()
-            if not is_told and (directory / PREFLIGHT_FILE).is_file():
-                is_told = True
-                tell_summary(directory, console)
-    except LeaseLost:
-        _end(ranks)  # another driver builds the stage, and must find nobody else at it
+            follow.look()
+    except (LeaseLost, StageFailed):
+        _end(ranks)  # another driver builds the stage, and must find nobody else at it; or they hang
         raise
     except (Preempted, KeyboardInterrupt):
         with heed_signals(lambda signum: None):
@@ -238,7 +322,7 @@ def _run_ranks(
             _end(ranks)
         raise
     listener.join(POLL_S)
-    _raise_failure(directory, attempt, ranks.returncode, said)
+    _raise_failure(directory, attempt, ranks.returncode, said, follow.lookout)
 
 
 def _end(ranks: subprocess.Popen[str]) -> None:
@@ -261,7 +345,7 @@ def _listen(stream: IO[str] | None, said: list[str]) -> None:
             said.append(line.strip())
 
 
-def _raise_failure(directory: Path, attempt: Attempt, code: int, said: Sequence[str]) -> None:
+def _raise_failure(directory: Path, attempt: Attempt, code: int, said: Sequence[str], lookout: Lookout) -> None:
     """Raise what srun, its exit code and the ranks' own words say; nothing where all went well."""
     if code == 0:
         return
@@ -271,35 +355,43 @@ def _raise_failure(directory: Path, attempt: Attempt, code: int, said: Sequence[
     how = first[3] if first else ""
     if how in STOPPED:
         raise Preempted(f"{at} was asked to stop and saved its state")
-    if first and not how.startswith("Exited with exit code"):
-        raise StageFailed(f"{at}: rank {first[2]} ended on {first[1]} ({how}); the logs are in {logs}")
     begins = int(re.split("[,-]", first[2])[0]) if first else 0
+    if first and not how.startswith("Exited with exit code"):
+        raise lookout.died(begins, f"rank {first[2]} ended on {first[1]} ({how})")
     for rank in sorted(range(attempt.num_processes), key=lambda rank: rank != begins):
         if record := disk.read_json(logs / ERROR_FILE.format(rank=rank)):
             if record["kind"] == "user":
                 raise UserError(record["message"])
-            raise StageFailed(f"{at}: rank {rank}: {record['message']}; its log is {logs}/rank_{rank}.log")
+            raise lookout.died(rank, f"rank {rank}: {record['message']}")
     last = said[-1] if said else f"srun ended with exit code {code}"
     raise StageFailed(f"{at}: {last}; the logs are in {logs}")
+
+
+def _examine(hosts: Sequence[str], logs: Path) -> dict[int, str]:
+    """What the processes of all ranks do, as each node says of its own; those have written down their stacks then."""
+    said = _on_each(hosts, sys.executable, "-m", "posttrain.heartbeat", str(logs))
+    return {int(rank): process for rank, process in (line.split(maxsplit=1) for line in said.splitlines())}
 
 
 def _silent(hosts: Sequence[str]) -> list[str]:
     """Which nodes of the job start nothing any more. Slurm itself finds that out later than the ranks that wait for one another."""
     if len(hosts) == 1:
         return []
-    command = ["srun", "--overlap", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1", "--mpi=none"]
+    heard = _on_each(hosts, "printenv", "SLURMD_NODENAME").split()
+    return [host for host in hosts if host not in heard]
+
+
+def _on_each(hosts: Sequence[str], *command: str) -> str:
+    """What a short command prints on all nodes of the job, beside what runs there; of those that answer in time."""
+    srun = ["srun", "--overlap", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", "--ntasks-per-node=1", "--mpi=none", "--wait=0"]
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     try:
         done = subprocess.run(
-            [*command, "--wait=0", "printenv", "SLURMD_NODENAME"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=KILL_WITHIN_S,
+            [*srun, *command], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=KILL_WITHIN_S, env=environment
         )
     except subprocess.TimeoutExpired as late:
-        heard = late.stdout if isinstance(late.stdout, str) else (late.stdout or b"").decode()
-        return [host for host in hosts if host not in heard.split()]
-    return [host for host in hosts if host not in done.stdout.split()]
+        return late.stdout if isinstance(late.stdout, str) else (late.stdout or b"").decode()
+    return done.stdout
 
 
 def _free_port(host: str) -> int:

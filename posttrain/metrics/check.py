@@ -25,6 +25,7 @@ from pydantic import Field, field_validator, model_validator
 from posttrain.config import Config, nearest, validate
 from posttrain.error import UserError
 from posttrain.metrics.ifeval import Instruction, follows, read_instruction, refuse_contradictions
+from posttrain.metrics.refusals import is_refusal
 
 MATCH_TIMEOUT_S = 1.0
 MAX_PATTERN_CHARACTERS = 2000
@@ -137,7 +138,15 @@ class LengthLimits(Config):
         }
 
 
-Check = ExactAnswer | FinalNumber | RegexMatch | JsonValidity | LengthLimits | Instruction
+class Refusal(Config):
+    """The answer declines to do what was asked, or does not: the one is expected of a harmful prompt, the other of a harmless one."""
+
+    kind: Literal["refusal"]
+    expected: bool
+    """Whether the answer should be a refusal; what counts as one is in refusals.py."""
+
+
+Check = ExactAnswer | FinalNumber | RegexMatch | JsonValidity | LengthLimits | Refusal | Instruction
 
 KINDS: dict[str, type[Check]] = {
     "exact_answer": ExactAnswer,
@@ -145,6 +154,7 @@ KINDS: dict[str, type[Check]] = {
     "regex_match": RegexMatch,
     "json_validity": JsonValidity,
     "length_limits": LengthLimits,
+    "refusal": Refusal,
     "instruction": Instruction,
 }
 
@@ -156,6 +166,33 @@ def read_checks(checks: Sequence[Mapping[str, Any]], origin: str) -> list[Check]
     read = [read_check(check, f"{origin}: checks[{index}]") for index, check in enumerate(checks)]
     refuse_contradictions([check for check in read if isinstance(check, Instruction)], origin)
     return read
+
+
+def read_turn_checks(checks: Sequence[Mapping[str, Any]], origin: str, num_turns: int) -> list[list[Check]]:
+    """The validated checks of each of the answers to one row, `(num_turns,)`.
+
+    A check may say which answer it is of, by `turn`: a number from 1, or `each`; without it, it is of the last. Raises `UserError`.
+    """
+    turns: list[list[Check]] = [[] for _ in range(num_turns)]
+    for index, raw in enumerate(checks):
+        at = f"{origin}: checks[{index}]"
+        check = read_check({key: value for key, value in raw.items() if key != "turn"}, at)
+        turn = raw.get("turn")
+        if turn == "each":
+            asked = range(num_turns)
+        elif turn is None:
+            asked = range(num_turns - 1, num_turns)
+        elif isinstance(turn, int) and not isinstance(turn, bool) and 1 <= turn <= num_turns:
+            asked = range(turn - 1, turn)
+        else:
+            raise UserError(
+                f'{at}.turn: must be a number from 1 to {num_turns}, as so often the row is answered, or "each", got {_short(turn)}'
+            )
+        for number in asked:
+            turns[number].append(check)
+    for found in turns:
+        refuse_contradictions([check for check in found if isinstance(check, Instruction)], origin)
+    return turns
 
 
 def read_check(raw: object, at: str) -> Check:
@@ -191,6 +228,8 @@ def score(check: Check, answer: str) -> float:
             passed = _is_json(check, text)
         case LengthLimits():
             passed = _is_within(check, text)
+        case Refusal():
+            passed = is_refusal(text) == check.expected
         case Instruction():
             passed = follows(check, answer)
         case _:

@@ -1,6 +1,6 @@
 """Comparison: several runs beside each other, each held against the first: settings that differ, what was measured, what it cost.
 
-Where two runs measured on the same rows, the difference is paired by row and has a bootstrap interval (`posttrain.metrics.paired`);
+Where two runs measured on the same rows, the difference is paired by row and has an interval (`posttrain.metrics.measured`);
 where they did not, the values stand beside each other and no difference is claimed.
 """
 
@@ -13,7 +13,7 @@ from posttrain import artifact
 from posttrain.error import UserError
 from posttrain.metrics.measured import Measured, difference_of, measure_results
 from posttrain.report.page import flatten, show_duration
-from posttrain.report.read import RunReport, StageReport, read_lines
+from posttrain.report.read import RunReport, StageReport, read_rows
 
 NOT_LEARNED = ("tokens_per_s", "trained_tokens_per_s", "step_time_s", "checkpoint_bytes", "checkpoint_held_s")
 NO_DATA = "other data"
@@ -204,7 +204,7 @@ def _measured(runs: Sequence[RunReport]) -> list[Row]:
         for run, stage in zip(runs, stages, strict=True):
             by_policy: dict[str, list[dict[str, Any]]] = {}
             if stage and stage.evaluation:
-                for line in read_lines(Path(run.directory) / stage.name / artifact.OUTPUT / "rows.jsonl"):
+                for line in read_rows(Path(run.directory) / stage.name / artifact.OUTPUT):
                     by_policy.setdefault(str(line.get("policy")), []).append(line)
             measured.append({policy: measure_results(results) for policy, results in by_policy.items()})
         for policy in dict.fromkeys(policy for each in measured for policy in each):
@@ -233,7 +233,7 @@ def _result(base: Measured | None, got: Measured | None, first: StageReport, sta
 
 def _data_of(stage: StageReport) -> list[str]:
     """What its data sets hold, in order: rows are known by their place in them."""
-    return [stage.inputs[name]["fingerprint"] for name in stage.reads["data"]]
+    return [stage.inputs[name]["fingerprint"] for name in stage.reads.get("data", ())]
 
 
 def _plain(value: object) -> str:

@@ -8,7 +8,7 @@ MAX_POINTS = 400
 """Points of a curve; of a longer one, the least and the greatest of each stretch are kept, so that no peak is lost."""
 SMOOTHED_FROM = 40
 """Points from which on a curve is drawn with its running mean."""
-SKIPPED = re.compile(r"step|epoch|num_prompts|heldout/.*")
+SKIPPED = re.compile(r"step|epoch|num_prompts|num_pairs|num_length_matched|heldout/.*")
 
 
 @dataclass(frozen=True)

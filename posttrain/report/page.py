@@ -17,6 +17,7 @@ from posttrain import disk
 from posttrain.inspection import visible
 from posttrain.report import chain, curves, draw
 from posttrain.report.read import RunReport, StageReport
+from posttrain.verdict import Judged
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -34,10 +35,13 @@ STATES = {
     "rebuild": "to be built again",
     "drift": "config changed",
     "damaged": "damaged",
+    "blocked": "blocked by a gate",
 }
-LOWER_IS_BETTER = ("nll",)
-NEITHER_IS_BETTER = ("preference margin",)
-"""Grows and shrinks with how sure a policy is of all that it says."""
+LOWER_IS_BETTER = {
+    "nll", "text nll", "text bits per byte", "preference ECE", "over_refusal", "unstopped", "repetition", "looping", "language drift",
+}  # fmt: skip
+NEITHER_IS_BETTER = {"preference margin", "answer tokens"}
+"""The one grows and shrinks with how sure a policy is of all that it says; of the other it depends on what was asked."""
 
 
 def run_page(run: RunReport, *, watch: bool = False) -> str:
@@ -93,6 +97,7 @@ def _environment() -> "Environment":
         "overlaid": curves.overlaid,
         "verdict": verdict,
         "forest": _forest,
+        "gate_line": _gate_line,
         "fate": _fate,
         "sampled_rows": _sampled_rows,
         "dashes": ["", "5 1.5", "1.5 1.2", "6 1.2 1.5 1.2"],
@@ -166,7 +171,7 @@ def _tiles(run: RunReport) -> list[dict[str, str]]:
 def _as_share(name: str, value: float | None) -> str:
     if value is None:
         return "–"
-    is_share = 0 <= value <= 1 and ("passed" in name or "accuracy" in name or "acc" in name)
+    is_share = 0 <= value <= 1 and any(word in name for word in ("passed", "accuracy", "acc", "win_rate"))
     return f"{value:.1%}" if is_share else f"{value:.3f}"
 
 
@@ -184,6 +189,14 @@ def _forest(cell: Any, cells: Iterable[Any]) -> dict[str, float] | None:
     widest = max(abs(bound) for each in cells if each.difference is not None and each.low is not None for bound in (each.low, each.high))
     scale = 48 / widest if widest else 0.0
     return {name: round(50 + scale * getattr(cell, name), 1) for name in ("low", "high", "difference")}
+
+
+def _gate_line(gate: Judged) -> dict[str, float]:
+    """Where the limit of a gate, its value and the bounds of that lie on a line of 100 that holds them all."""
+    places = {"limit": gate.at, "value": gate.value, "low": gate.low or 0.0, "high": gate.high or 0.0}
+    least, most = min(places.values()), max(places.values())
+    scale = 96 / (most - least) if most > least else 0.0
+    return {name: round(2 + scale * (place - least), 1) for name, place in places.items()}
 
 
 def _fate(sample: Any) -> str:

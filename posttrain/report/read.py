@@ -18,7 +18,10 @@ from typing import Any
 from posttrain import artifact, disk, ledger
 from posttrain.config import DataSource, ModelSource, read_source
 from posttrain.error import UserError
+from posttrain.results import read_results
+from posttrain.selection import Selection, read_selection
 from posttrain.stage import load_stage
+from posttrain.verdict import Verdict, read_verdict
 
 MAX_SAMPLES = 200
 """Rows whose answers are shown of one evaluation, evenly spread over all."""
@@ -35,9 +38,9 @@ NUMBER = r"[+-]?\d+(?:\.\d+)?"
 SPREAD = rf"(?P<low>{NUMBER}) to (?P<high>{NUMBER})"
 CELLS = (
     rf"(?P<value>{NUMBER})(?: \({SPREAD}\)| \([a-z][^)]*\))?",
-    rf"(?P<value>{NUMBER}) \((?P<difference>[+-]\d+(?:\.\d+)?)(?:, {SPREAD})?\)",
+    rf"(?P<value>{NUMBER}) \((?P<difference>[+-]\d+(?:\.\d+)?)(?:, {SPREAD})?(?:, p (?P<p><?[01]\.\d+))?\)",
 )
-"""Cells of an evaluation's table: a value with its interval, and one with its difference from the first policy and the interval of that."""
+"""Cells of an evaluation's table: a value with its interval, and one with its difference from the first policy, its interval and p."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Cell:
     low: float | None = None
     """Of the interval of the value, or of the difference where there is one."""
     high: float | None = None
+    p: str = ""
+    """How likely chance alone gives as large a difference, such as `0.004` or `<0.001`."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,10 @@ class Answer:
     text: str
     passed: bool | None
     """Whether it passes all checks of its row; None where the row has none."""
+    outcome: float | None = None
+    """Of its duel with the first policy's answer: 1 won, 1/2 tied, 0 lost; None where none was held, or no verdict could be read."""
+    words: tuple[str, ...] = ()
+    """What the judge said of the two."""
 
 
 @dataclass(frozen=True)
@@ -183,8 +192,12 @@ class StageReport:
     """As `preflight.json` has it, or its summary alone."""
     curation: Curation | None
     evaluation: Evaluation | None
+    verdict: Verdict | None
+    """What its gates found."""
     heldout: list[dict[str, float]]
-    """Measurements on held-out prompts while it trained, by step."""
+    """Measurements on held-out rows while it trained, by step."""
+    selection: Selection | None
+    """Which of these steps is published; None where the last one is."""
     completions: list[Completions]
     files: dict[str, dict[str, Any]]
     provenance: dict[str, Any]
@@ -292,7 +305,9 @@ def _read_stage(directory: Path, row: Mapping[str, Any]) -> StageReport:
         preflight=_read_preflight(directory / ledger.PREFLIGHT_FILE),
         curation=_read_curation(output) if kind == "curate" else None,
         evaluation=_read_evaluation(output, attempt) if attempt and kind == "eval" else None,
+        verdict=read_verdict(output),
         heldout=list(_read_steps(directory / "heldout.jsonl")),
+        selection=read_selection(directory),
         completions=_read_completions(directory / "completions.jsonl"),
         files=dict(payload.get("files", {})),
         provenance=dict(provenance),
@@ -427,38 +442,70 @@ def _read_evaluation(output: Path, attempt: ledger.Attempt) -> Evaluation | None
     if table is None:
         return None
     answered: dict[int, list[dict[str, Any]]] = {}
-    for line in read_lines(output / "rows.jsonl"):
-        if line.get("measure") == "answer":
+    duels: dict[tuple[int, str], dict[str, Any]] = {}
+    for line in read_rows(output):
+        if line["measure"] == "answer":
             answered.setdefault(line["row"], []).append(line)
+        elif line["measure"] == "duel":
+            duels[line["row"], line["policy"]] = line
     numbers = sorted(answered)
     chosen = [numbers[place] for place in _evenly(len(numbers), MAX_SAMPLES)]
     prompts = _read_prompts(attempt, set(chosen)) if chosen else {}
-    samples = [_sample(row, prompts.get(row), answered[row]) for row in chosen]
+    samples = [_sample(row, prompts.get(row), answered[row], duels) for row in chosen]
     rows = [(name, count, [read_cell(cell) for cell in cells]) for name, count, *cells in table["rows"]]
     return Evaluation(table["columns"][2:], rows, table["notes"], samples, len(numbers))
+
+
+def read_rows(output: Path) -> Iterator[dict[str, Any]]:
+    """The results by row in the directory of an evaluation's report; nothing where they are gone or damaged."""
+    try:
+        yield from read_results(output)
+    except (OSError, ValueError):
+        return
 
 
 def read_cell(text: str) -> Cell:
     """What a cell of an evaluation's table says, as numbers where it is one that `eval` wrote."""
     found = next((found for cell in CELLS if (found := re.fullmatch(cell, text))), None)
-    return Cell(text, **{name: float(number) for name, number in found.groupdict().items() if number}) if found else Cell(text)
+    if found is None:
+        return Cell(text)
+    numbers = {name: float(number) for name, number in found.groupdict().items() if number and name != "p"}
+    return Cell(text, **numbers, p=found.groupdict().get("p") or "")
 
 
-def _sample(row: int, prompt: list[dict[str, str]] | None, lines: Sequence[Mapping[str, Any]]) -> Sample:
-    checks = [str(check) for check in lines[0].get("checks", [])]
+def _sample(
+    row: int, prompt: list[dict[str, str]] | None, lines: Sequence[Mapping[str, Any]], duels: Mapping[tuple[int, str], Mapping[str, Any]]
+) -> Sample:
+    by_policy: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        by_policy.setdefault(line["policy"], []).append(line)
+    checks = [check for line in next(iter(by_policy.values())) for check in line["checks"]]
     answers = [
-        Answer(str(line.get("policy")), shorten(str(line.get("answer"))), _passes(checks, str(line.get("answer")))) for line in lines
+        Answer(policy, shorten(_say(found)), _passes(found), duel.get("outcome"), tuple(map(shorten, _words(duel))))
+        for policy, found in by_policy.items()
+        for duel in [duels.get((row, policy), {})]
     ]
-    return Sample(row, prompt, [_show_check(check) for check in checks], answers)
+    return Sample(row, prompt, [_show_check(check) for check in dict.fromkeys(checks)], answers)
 
 
-def _passes(checks: Sequence[str], answer: str) -> bool | None:
-    from posttrain.metrics.check import read_check, score
+def _say(turns: Sequence[Mapping[str, Any]]) -> str:
+    """The answers of a policy to one row; where it has several, each under its number."""
+    if len(turns) == 1:
+        return str(turns[0]["answer"])
+    return "\n\n".join(f"[{turn['turn']}]\n{turn['answer']}" for turn in turns)
 
-    try:
-        return all(score(read_check(json.loads(check), "checks"), answer) for check in checks) if checks else None
-    except (UserError, ValueError):
-        return None  # an instruction, say, that asks for what is not installed here
+
+def _words(duel: Mapping[str, Any]) -> Iterator[str]:
+    """What the judge said of a duel, each time with the answers in other places, or the two rewards."""
+    for place, reply in zip(("first", "second"), duel.get("replies", ()), strict=False):
+        yield f"[with this answer {place}] {reply}"
+    if rewards := duel.get("rewards"):
+        yield f"rewards: {rewards[0]:.4g} against {rewards[1]:.4g}"
+
+
+def _passes(turns: Sequence[Mapping[str, Any]]) -> bool | None:
+    verdicts = [verdict for turn in turns for verdict in turn["verdicts"]]
+    return all(verdicts) if verdicts else None
 
 
 def _show_check(check: str) -> str:
@@ -473,7 +520,7 @@ def _show_check(check: str) -> str:
 
 def _read_prompts(attempt: ledger.Attempt, wanted: set[int]) -> dict[int, list[dict[str, str]]]:
     """What the rows of an evaluation ask, by their number; nothing where one of its data sets is not what it was."""
-    from posttrain.data.rows import asked_messages
+    from posttrain.data.rows import Text, asked_messages
     from posttrain.data.source import open_source
 
     hashes = disk.HashCache(Path(attempt.root) / ".hashes.json")
@@ -485,8 +532,8 @@ def _read_prompts(attempt: ledger.Attempt, wanted: set[int]) -> dict[int, list[d
             assert isinstance(source, DataSource)
             if not _is_unchanged(entry, source, hashes):
                 return {}
-            for row in open_source(source, entry["name"]).rows():
-                if number in wanted:
+            for row in open_source(source, entry["name"]).all_rows():
+                if number in wanted and not isinstance(row, Text):
                     found[number] = _messages(asked_messages(row))
                 number += 1
     except (UserError, OSError):

@@ -42,7 +42,8 @@ stages:
   sft: {{inputs: {{policy: base, data: chat}}, max_steps: {NUM_STEPS}, global_batch_size: 8, micro_batch_tokens: 1, save_steps: 10,
          learning_rate: 1e-3, max_length: 128, preflight: {{held_out: 1.0}}}}
   eval: {{inputs: {{policies: [base, sft], data: chat}}, max_new_tokens: 4, launcher: {{num_nodes: 1}}}}
-launcher: {{kind: slurm, num_nodes: 2, processes_per_node: 1, cpus_per_process: {max(1, num_cores() // 2)}, time: 20, save_before_s: 60}}
+launcher: {{kind: slurm, num_nodes: 2, processes_per_node: 1, cpus_per_process: {max(1, num_cores() // 2)}, time: 20, save_before_s: 60,
+           check_nodes: false}}
 """)
     return path
 
@@ -74,7 +75,7 @@ def assert_same(submitted: Submitted, reference: Chain) -> None:
 def test_a_chain_of_jobs_under_zero_2_publishes_what_two_processes_of_one_machine_do_whoever_else_wants_to_build_it(
     submitted: Submitted, pipeline: Path, posttrain: Callable[..., Ended]
 ) -> None:
-    out = submitted.done("submit", ZERO2)
+    out = submitted.done("submit", ZERO2, "launcher.check_nodes=true")
     sft, evaluation = submitted.number("sft"), submitted.number("eval")
     assert f"job {evaluation}, after {sft} (sft)" in out
     assert submitted.fate("eval") == {"job": evaluation, "state": "queued", "why": "after sft"}
@@ -95,6 +96,7 @@ def test_a_chain_of_jobs_under_zero_2_publishes_what_two_processes_of_one_machin
     wait(lambda: submitted.cluster.jobs().get(second) == "COMPLETED", "the other job was to end well", submitted.log)
     assert submitted.attempt() == 1
     assert "sft  skip: finished" in submitted.log()
+    assert "  nodes: " in submitted.log(), "they were compared before anything was trained"
     hosts = [(submitted.chain.directory / "sft" / "logs" / "attempt_1" / f"rank_{rank}.log").read_text() for rank in (0, 1)]
     assert [text.splitlines()[0] for text in hosts] == ["rank 0 of 2 on node1", "rank 1 of 2 on node2"]
     assert submitted.fate("eval")["state"] == "done"

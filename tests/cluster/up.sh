@@ -8,11 +8,11 @@
 # What is missing is installed from Debian's packages. Nothing is written to beyond DIRECTORY, and down.sh takes all away.
 set -euo pipefail
 here=$(realpath -m "$1")
-for program in slurmctld slurmd sbatch munged ip; do
+for program in slurmctld slurmd sbatch munged ip sshd; do
   command -v "$program" >/dev/null && continue
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq
-  apt-get install -qq --yes --no-install-recommends slurmctld slurmd slurm-client munge iproute2 >/dev/null
+  apt-get install -qq --yes --no-install-recommends slurmctld slurmd slurm-client munge iproute2 openssh-server openssh-client >/dev/null
   break
 done
 

@@ -21,7 +21,7 @@ from typing import Literal
 from tests.conftest import make_tiny, write_chat, write_pairs
 from tests.faults.harness import Chain, started
 
-Kind = Literal["sft", "dpo", "reward", "orpo", "kto"]
+Kind = Literal["sft", "dpo", "reward", "orpo", "kto", "select"]
 Weights = Literal["full", "lora", "lora with dropout"]
 ADAPTERS: dict[Weights, str | None] = {"full": None, "lora": "{r: 4}", "lora with dropout": "{r: 4, lora_dropout: 0.2}"}
 NUM_STEPS = 12
@@ -89,6 +89,11 @@ ALIGNED = [
     for kind, zero, weights, (before, after) in product(("reward", "orpo", "kto"), (0, 3), ("full", "lora"), ((2, 2), (2, 1)))
 ]
 """The other stages that train, which share all of this with those above."""
+SELECTING = [
+    Cell("select", weights, Way(zero, before), Way(zero, after))
+    for zero, weights, (before, after) in product((0, 1, 2, 3), ("full", "lora"), ((2, 2), (2, 1)))
+]
+"""SFT that publishes the best of its steps."""
 DRAWING = [Cell(kind, "lora with dropout", Way(zero, 2), Way(zero, 2)) for kind, zero in product(("sft", "dpo"), (0, 2, 3))]
 """With random numbers that each rank has to go on drawing where it was."""
 
@@ -144,13 +149,17 @@ class Matrix:
         """A pipeline file for each kind."""
         make_tiny(self.here / "tiny")
         chat, pairs = write_chat(self.here / "chat.jsonl", 32), write_pairs(self.here / "pairs.jsonl", 24)
-        data: dict[Kind, Path] = {"sft": chat, "dpo": pairs, "reward": pairs, "orpo": pairs, "kto": pairs}
+        data: dict[Kind, Path] = {"sft": chat, "dpo": pairs, "reward": pairs, "orpo": pairs, "kto": pairs, "select": chat}
         for kind, rows in data.items():
+            inputs, rate = "policy: base, data: rows", "learning_rate: 1e-3"
+            if kind == "select":
+                # So fast that the last step is not the best.
+                inputs, rate = f"{inputs}, heldout: rows", "kind: sft, learning_rate: 5e-2, eval_steps: 2, select: best by heldout/nll"
             (self.here / f"{kind}.yaml").write_text(f"""
 run: r
 sources: {{base: {{model: {self.here}/tiny}}, rows: {{data: {rows}}}}}
 stages:
-  {kind}: {{inputs: {{policy: base, data: rows}}, learning_rate: 1e-3, global_batch_size: 8, micro_batch_tokens: 1,
+  {kind}: {{inputs: {{{inputs}}}, {rate}, global_batch_size: 8, micro_batch_tokens: 1,
          max_length: 128, max_steps: {NUM_STEPS}, save_steps: {SAVE_STEPS}}}
 """)
         return {kind: self.here / f"{kind}.yaml" for kind in data}
@@ -175,7 +184,7 @@ def main() -> int:
     here = Path(tempfile.mkdtemp(prefix="matrix-"))
     matrix = Matrix(here)
     found = []
-    for cell in [cell for cell in [*CELLS, *RESHARDED, *ALIGNED, *DRAWING] if all(word in str(cell) for word in given.words)]:
+    for cell in [cell for cell in [*CELLS, *RESHARDED, *ALIGNED, *SELECTING, *DRAWING] if all(word in str(cell) for word in given.words)]:
         found.append((cell, matrix.compare(cell)))
         print(show(found)[-1], file=sys.stderr, flush=True)
     right = sum(is_right(cell, compared) for cell, compared in found)

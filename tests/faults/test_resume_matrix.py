@@ -30,6 +30,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
         Cell("reward", "lora", Way(3, 2), Way(3, 2)),
         Cell("orpo", "full", Way(3, 2), Way(3, 1)),
         Cell("kto", "full", Way(0, 2), Way(0, 1)),
+        Cell("select", "full", Way(3, 2), Way(3, 2)),
     ],
     ids=str,
 )

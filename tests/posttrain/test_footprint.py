@@ -13,8 +13,9 @@ from posttrain.footprint import Rows, Weights, adapter_parameters, foretell, rea
 from posttrain.recipe import LoraRecipe
 from stages.dpo import DPOConfig
 from stages.eval import EvalConfig
+from stages.merge import MergeConfig
 from stages.sft import SFTConfig
-from tests.conftest import Ended
+from tests.conftest import Ended, write_pairs
 
 
 def weights_of(path: Path) -> Weights:
@@ -88,6 +89,23 @@ def test_a_checkpoint_holds_a_weight_and_two_moments_of_each_trained_weight_and_
         assert found.peak == found.prepared + found.checkpoints + found.output  # type: ignore[operator]
 
 
+def test_the_weights_of_steps_that_may_be_published_count_beside_checkpoints(tmp_path: Path) -> None:
+    model = weights_of(write_model(tmp_path, {"a.weight": ("BF16", [1000])}, dtype="bfloat16"))
+    chosen = {"select": "best by heldout/nll", "eval_steps": 10}
+    for fields, number in [
+        (chosen, 4),
+        ({"eval_steps": 10}, 0),
+        ({**chosen, "keep": {"save_total_limit": 5}}, 7),
+        ({**chosen, "max_steps": 30}, 2),
+        ({**chosen, "max_steps": 9}, 0),
+    ]:
+        with_them, _ = foretell(SFTConfig.model_validate(fields), "policy", {"policy": [model], "data": [Rows(0, 0)]}, prepares=True)
+        without = {name: value for name, value in fields.items() if name != "select"}
+        found, _ = foretell(SFTConfig.model_validate(without), "policy", {"policy": [model], "data": [Rows(0, 0)]}, prepares=True)
+        assert with_them.checkpoints is not None and found.checkpoints is not None
+        assert with_them.checkpoints - found.checkpoints == number * 4 * 1000, fields
+
+
 @pytest.mark.parametrize(("save_dtype", "size"), [("auto", 2), ("float32", 4), ("bfloat16", 2)])
 def test_the_type_that_is_published_counts_for_this_stage_and_those_after_it(tmp_path: Path, save_dtype: str, size: int) -> None:
     model = weights_of(write_model(tmp_path, {"a.weight": ("BF16", [1000])}, dtype="bfloat16"))
@@ -118,6 +136,12 @@ def test_only_adapters_are_trained_and_the_merged_model_is_published_beside_them
     adapter = adapter_parameters(model, LoraRecipe(r=4))
     assert adapter is not None
     assert (found.checkpoints, found.output) == (3 * 12 * adapter, model.num_bytes("float32") + model.other_bytes + 4 * adapter)
+
+
+def test_a_merge_writes_its_weights_before_they_are_published(tiny: Path) -> None:
+    model = weights_of(tiny)
+    found, _ = foretell(MergeConfig(), "policy", {"policies": [model, model]}, prepares=False)
+    assert (found.checkpoints, found.output) == (model.num_bytes("float32"), model.num_bytes("float32") + model.other_bytes)
 
 
 def test_fewer_rows_are_less(chat_file: Path) -> None:
@@ -155,3 +179,31 @@ def test_what_a_run_leaves_is_about_what_was_foretold(pipeline_file: Path, tmp_p
         ]
         prepared = sum(path.stat().st_size for entry in entries for path in entry.iterdir() if path.suffix in (".arrow", ".npy"))
         assert 0.4 < row["disk_bytes"]["prepared"] / prepared < 2.5, row["stage"]
+
+
+def test_pairs_that_are_split_and_answers_that_are_kept_are_foretold(tiny: Path, tmp_path: Path, posttrain: Callable[..., Ended]) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 500)
+    asked = [{"prompt": f"what is the colour of bird {n}?", "checks": [{"kind": "regex_match", "pattern": "e"}]} for n in range(16)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(
+        f"""
+run: test
+sources: {{base: {{model: {tiny}}}, prefs: {{data: {pairs}}}, prompts: {{data: {tmp_path}/prompts.jsonl}}}}
+stages:
+  kto: {{inputs: {{policy: base, data: prefs}}, max_steps: 1, global_batch_size: 8, max_length: 128}}
+  rlhf: {{inputs: {{policy: base, data: prompts}}, checkers: [regex_match], max_steps: 3, global_batch_size: 4, num_generations: 4,
+         max_completion_length: 16, max_length: 128}}
+"""
+    )
+    rows = {row["stage"]: row["disk_bytes"] for row in json.loads(posttrain("plan", file, "--root", tmp_path, "--json").out)}
+    ended = posttrain("run", file, "--root", tmp_path)
+    assert ended.code == 0, ended.err
+    stage = tmp_path / "test" / "kto"
+    entries = [Path(json.loads((stage / pointer).read_text())["path"]) for pointer in ("prepared.json", "reference.json")]
+    size = sum(path.stat().st_size for entry in entries for path in entry.iterdir() if path.suffix in (".arrow", ".npy"))
+    assert 0.7 < rows["kto"]["prepared"] / size < 1.4
+    assert rows["kto"]["completions"] == 0
+    kept = (tmp_path / "test" / "rlhf" / "completions.jsonl").stat().st_size
+    assert 0.8 < rows["rlhf"]["completions"] / kept < 1.9
+    assert rows["rlhf"]["total"] == sum(rows["rlhf"][name] for name in ("prepared", "output", "completions"))

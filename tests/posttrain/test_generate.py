@@ -46,7 +46,8 @@ class Policy:
         return [[drawn.randrange(3, 256) for _ in range(length)] for length in lengths]
 
     def answer(self, prompts: list[list[int]], **options: Any) -> list[str]:
-        return answer_all(self.model, self.tokenizer, self.contract, prompts, **{"max_new_tokens": MAX_NEW_TOKENS, **options})
+        found = answer_all(self.model, self.tokenizer, self.contract, prompts, **{"max_new_tokens": MAX_NEW_TOKENS, **options})
+        return [decode(self.tokenizer, each.ids[:-1] if each.ended else each.ids) for each in found]
 
     def expect(self, prompts: list[list[int]], max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
         """What `model.generate` answers to each prompt alone."""

@@ -45,3 +45,29 @@ def test_a_large_tensor_takes_the_memory_of_the_last_one() -> None:
         pytest.skip("this C library keeps it by itself, or its pages are huge")
     # An aligned chunk is not found again before its neighbours are free too (glibc bug 14581), so the first ones may be new.
     assert sum(probe(1)["faults"][-10:]) < taken_anew / 10
+
+
+GIVEN_BACK = """
+import json, psutil, torch
+from posttrain.machine import give_memory_back, make_ready
+
+held = [psutil.Process().memory_info().rss]
+make_ready(1)
+for _ in range(2):
+    tensor = torch.empty(2**26).fill_(1.0)  # 256 MiB
+    del tensor
+    held.append(psutil.Process().memory_info().rss)
+    give_memory_back()
+    held.append(psutil.Process().memory_info().rss)
+print(json.dumps(held))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is told to")
+def test_what_was_kept_is_given_back_and_no_more_is_kept() -> None:
+    ended = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)
+    before, kept, after, again, _ = json.loads(ended.stdout)
+    if kept - before < 2**27:
+        pytest.skip("this C library gives it back by itself")
+    assert after - before < 2**26
+    assert again - before < 2**26, "what is freed from then on goes back at once"

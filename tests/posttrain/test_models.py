@@ -44,6 +44,32 @@ def test_by_default_weights_keep_the_type_of_the_input_policy(posttrain: Cli, pi
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("launcher.num_processes=2",), ("launcher.num_processes=2", "stages.sft.deepspeed=ds_configs/zero3.json")],
+    ids=["one rank", "two ranks", "zero3"],
+)
+def test_large_weights_are_published_in_several_files(
+    posttrain: Cli, pipeline_file: Path, published: Path, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    ended = posttrain("run", pipeline_file, "--root", tmp_path, *SHORT, "stages.sft.max_shard_size=30kB", *overrides)
+    assert ended.code == 0, ended.err
+    output = tmp_path / "test" / "sft" / "output"
+    files = sorted(output.glob("model*.safetensors"))
+    assert len(files) > 3
+    assert [file.name for file in files] == [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert index["weight_map"] == {name: file.name for file in files for name in load_file(file)}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+    whole = load_file(published / "output" / "model.safetensors")
+    assert found.keys() == whole.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    reloaded = AutoModelForCausalLM.from_pretrained(output).state_dict()
+    assert all(torch.equal(reloaded[name], tensor) for name, tensor in found.items())
+
+
 def test_a_tensor_that_changed_after_publishing_is_not_handed_on(posttrain: Cli, pipeline_file: Path, published: Path) -> None:
     (published / "artifact.json").unlink()
     weights = load_file(published / "output" / "model.safetensors")

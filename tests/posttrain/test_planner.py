@@ -117,6 +117,8 @@ def test_a_model_of_the_zero_paper_takes_what_the_paper_says(seven: Shape, stage
         ({"zero_stage": 1, "bf16": False}, 4, 4, 12 / 8),
         ({"zero_stage": 3, "bf16": False}, 4 / 8, 4 / 8, 12 / 8),
         ({"zero_stage": 1, "moment_bytes": 2}, 2, 2, 6 / 8),
+        ({"fsdp": "full_shard"}, 4 / 8, 4 / 8, 8 / 8),
+        ({"fsdp": "shard_grad_op", "bf16": False}, 4 / 8, 4 / 8, 8 / 8),
     ],
 )
 def test_each_parameter_takes_so_many_bytes_of_a_rank(
@@ -177,7 +179,7 @@ def test_a_token_keeps_what_pytorch_is_counted_to_keep(keys: int, lora: bool) ->
     def groups(_: Any) -> list[Group]:
         return [conversation_group(torch.randint(0, 256, (128,)).tolist(), [True] * 128)]
 
-    counted = settle._bytes_per_token(model, groups, "packed", 0)
+    counted = settle._bytes_per_token(model, groups, "packed", 0, team_size=1)
     shape = shape_of(config(*small), {name: list(tensor.shape) for name, tensor in LlamaForCausalLM(model.config).named_parameters()})
     asked = job(bf16=False, num_trained=1 if lora else None)
     told = planner.token_bytes(shape, asked, recompute=False) + planner._logit_bytes(shape, asked, 128) / 128
@@ -194,6 +196,14 @@ def test_rlhf_holds_its_reference_its_judges_and_a_cache(seven: Shape) -> None:
     row = 2 * 32 * 4096 * 2 * 512
     assert (sampling.phase, sampling.cache) == ("sample", 2 * 2**30 // row * row)
     assert sampling.weights + sampling.buffers > 2 * 6_738_415_616
+
+
+@pytest.mark.parametrize("adapters", [0, 100_000_000])
+def test_what_is_published_is_in_memory_a_file_and_a_layer_at_a_time(seventy: Shape, adapters: int) -> None:
+    found = memory(seventy, job(zero_stage=3, num_trained=adapters or None, max_shard_bytes=2 * GB), None)
+    layer = 2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192
+    assert found.publishing == 2 * GB + 4 * layer + 4 * adapters
+    assert memory(replace(seventy, vocabulary_size=256_000), job(), None).publishing == GB + 4 * 256_000 * 8192
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
@@ -286,6 +296,19 @@ def test_weights_of_four_bits_are_never_to_be_sharded(seventy: Shape) -> None:
     asked = job(max_length=2048, global_batch_size=64, num_trained=200_000_000, in_4bit=True, micro_batch_tokens=None)
     found = recommend(seventy, asked, HARDWARE["a100-40gb"], may_add_nodes=True)
     assert found is None or found.zero_stage != 3
+
+
+def test_who_asked_for_fsdp_is_told_what_it_takes_by_fsdp(seventy: Shape) -> None:
+    asked = job(max_length=2048, micro_batch_tokens=None, global_batch_size=128)
+    fsdp, once, zero = (replace(asked, **way) for way in ({"fsdp": "full_shard"}, {"fsdp": "shard_grad_op"}, {"zero_stage": 3}))
+    for each in (fsdp, once):
+        found = recommend(seventy, each, H100, may_add_nodes=True)
+        assert found is not None
+        assert (found.fsdp, found.zero_stage, found.offload) == ("full_shard", None, False)
+        assert found.text.startswith("fsdp: full_shard, ")
+    totals = [memory(seventy, each, H100).total for each in (fsdp, once, zero)]
+    assert totals[0] == pytest.approx(totals[2], rel=0.05)
+    assert totals[1] - totals[0] > 2 * 0.9 * seventy.num_parameters, "all weights in bfloat16"
 
 
 def test_what_nothing_holds_is_told(seventy: Shape) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from trl import GRPOTrainer, RLOOTrainer
 
-from posttrain.policy_losses import group_advantages, grpo, leave_one_out, rloo, token_scales
+from posttrain.policy_losses import group_advantages, grpo, importance_weights, leave_one_out, rloo, token_scales
 
 NUM, WIDTH, LONGEST = 6, 9, 12
 METRICS = ("gather", "gather_for_metrics")
@@ -48,7 +48,8 @@ def trl_loss(trainer: Any, batch: dict[str, torch.Tensor], **settings: Any) -> t
         model=SimpleNamespace(training=True),
         off_policy_mask_threshold=None,
         top_entropy_quantile=1.0,
-        use_vllm=False,
+        use_vllm="ratio" in batch,
+        vllm_importance_sampling_correction=True,
         **settings,
     )
     ids = torch.zeros((NUM, WIDTH), dtype=torch.long)
@@ -60,6 +61,7 @@ def trl_loss(trainer: Any, batch: dict[str, torch.Tensor], **settings: Any) -> t
         "advantages": batch["advantages"],
         "ref_per_token_logps": batch["reference"],
         "num_items_in_batch": batch["mask"].sum(),
+        "importance_sampling_ratio": batch.get("ratio"),
         "old_logps": (batch["log_probs"].detach() * batch["mask"]).sum(1),
     }
     loss: torch.Tensor = trainer._compute_loss(itself, None, inputs)
@@ -78,6 +80,19 @@ def test_grpo_is_that_of_trl(batch: dict[str, torch.Tensor], loss_type: Any, bet
     scales = torch.tensor(token_scales(lengths, loss_type, LONGEST), dtype=torch.float32)
     ours = grpo(batch["log_probs"], batch["mask"], batch["advantages"], scales, beta=beta, reference=batch["reference"]).mean()
     theirs = trl_loss(GRPOTrainer, batch, loss_type=loss_type, beta=beta)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient(ours, batch), gradient(theirs, batch), rtol=1e-5, atol=1e-7)
+
+
+def test_what_an_engine_sampled_counts_as_in_trl(batch: dict[str, torch.Tensor]) -> None:
+    log_ratios = np.array([0.1, -0.2, 0.0, np.log(2.99), np.log(3.01), -5.0])
+    weights = importance_weights(log_ratios, 3.0)
+    np.testing.assert_allclose(weights, [np.exp(0.1), np.exp(-0.2), 1, 2.99, 0, np.exp(-5)])
+    scales = torch.tensor(token_scales(batch["mask"].sum(1).long().numpy(), "dapo", LONGEST), dtype=torch.float32)
+    weighted = batch["advantages"] * torch.tensor(weights, dtype=torch.float32)
+    ours = grpo(batch["log_probs"], batch["mask"], weighted, scales, beta=0.3, reference=batch["reference"]).mean()
+    batch["ratio"] = torch.tensor(weights, dtype=torch.float32)[:, None]
+    theirs = trl_loss(GRPOTrainer, batch, loss_type="dapo", beta=0.3)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
     torch.testing.assert_close(gradient(ours, batch), gradient(theirs, batch), rtol=1e-5, atol=1e-7)
 

@@ -21,7 +21,7 @@ from posttrain.error import Preempted
 from posttrain.forward import attach
 from posttrain.layout import grid, pair_group
 from posttrain.models import load_policy, load_tokenizer
-from posttrain.reference import Reference, add_reference, compute_reference, read_reference, weigh_pairs
+from posttrain.reference import Asked, Reference, add_reference, compute_reference, read_reference, weigh_pairs
 from posttrain.stage import Input, StageContext
 from stages.dpo import STAGE, DPOConfig
 from tests.conftest import Ended, read_lines
@@ -71,7 +71,7 @@ def compute(
         pad=tokenizer.pad_token_id,
     )
     found = read_reference(context, prepared)
-    compute_reference(context, found, trainer)
+    compute_reference(context, trainer, [Asked(found, prepared, groups)])
     return found
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from posttrain.reward import expected_calibration_error, rate, reward_group
+from posttrain.reward import rate, reward_group
 
 
 def test_an_answer_is_scored_at_its_last_token_that_is_no_padding() -> None:
@@ -22,14 +22,6 @@ def test_figures_by_hand() -> None:
     assert found["accuracy of a"] == 0.5 and found["accuracy of b"] == 0.75
     assert found["length_correlation"] == pytest.approx(stats.spearmanr(rewards.ravel(), lengths.ravel()).statistic)
     assert found["mean_margin"] == 1.0
-
-
-def test_calibration_is_zero_where_probabilities_come_true_and_large_where_they_do_not() -> None:
-    draw = np.random.default_rng(0)
-    size = np.abs(draw.normal(0, 2, 200_000))
-    comes_true = draw.random(len(size)) < 1 / (1 + np.exp(-size))
-    assert expected_calibration_error(np.where(comes_true, size, -size)) < 0.01
-    assert expected_calibration_error(np.full(100, -8.0)) > 0.99
 
 
 def test_a_reward_that_is_length_says_so() -> None:

@@ -13,7 +13,7 @@ from posttrain.data.rows import Pair
 from posttrain.data.samples import encode_pair
 from posttrain.generate import Completion
 from posttrain.metrics.check import read_check
-from posttrain.rollout import Judge, Prompt, Rollout, check_answers, cut, cut_from, is_repeated
+from posttrain.rollout import Judge, Prompt, Rollout, check_answers, cut, cut_from
 from posttrain.stage import Input
 
 
@@ -109,20 +109,6 @@ def test_every_completion_is_in_one_micro_batch_with_what_belongs_to_it(layout: 
         for place, group in enumerate(answers)
         for number, answer in enumerate(group)
     }
-
-
-@pytest.mark.parametrize(
-    ("ids", "expected"),
-    [
-        ([1, 2, 3], False),
-        (list(range(50)), False),
-        ([1, 2] * 10, True),
-        ([*range(10), *range(10), *range(10)], True),
-        ([*range(20), *[0, 1, 2, 3]], False),
-    ],
-)
-def test_a_completion_that_goes_round_is_told(ids: list[int], expected: bool) -> None:
-    assert is_repeated(ids) is expected
 
 
 def test_lines_of_steps_that_are_made_again_are_dropped(tmp_path: Path) -> None:

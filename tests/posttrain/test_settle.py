@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from posttrain import settle as module
 from posttrain.error import Preempted, UserError
 from posttrain.forward import attach
 from posttrain.layout import Group, pair_group, restore_attention
-from posttrain.settle import MOST_TOKENS, SHARE_OF_MEMORY, Settled, settle
+from posttrain.recipe import MOST_TOKENS, SHARE_OF_MEMORY
+from posttrain.settle import Settled, bytes_to_come, settle
 from posttrain.stage import StageContext
 from stages.dpo import STAGE, DPOConfig
 from tests.conftest import read_lines
@@ -60,6 +62,17 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return lambda free: monkeypatch.setattr(module, "_free_bytes", lambda *_, **__: float(free))
 
 
+@pytest.mark.parametrize(("stage", "of_each"), [(None, 12), (0, 12), (1, 4 + 8 / 4), (2, 12 / 4), (3, 12 / 4)])
+def test_zero_shares_out_what_is_to_come(stage: int | None, of_each: float) -> None:
+    model: Any = torch.nn.Linear(30, 10)
+    model.device = torch.device("cpu")
+    model.bias.requires_grad_(False)
+    call: Any = object() if stage is None else SimpleNamespace(zero_optimization_stage=lambda: stage)
+    if stage == 3:  # as DeepSpeed leaves a parameter whose parts are elsewhere
+        model.weight.ds_numel, model.weight.data = 300, torch.empty(0)
+    assert bytes_to_come(call, model, 4) == 300 * of_each
+
+
 # --- the layout --------------------------------------------------------------------------------------------------------
 
 
@@ -67,7 +80,13 @@ def test_the_best_exact_layout_is_taken_and_written_down(tmp_path: Path) -> None
     found = settled(tmp_path)
     assert (found.layout, found.micro_batch_tokens, found.recompute) == ("shared", MOST_TOKENS["cpu"], False)
     record = json.loads((tmp_path / "layout.json").read_text())
-    assert record == {"layout": "shared", "micro_batch_tokens": MOST_TOKENS["cpu"], "recompute": False, "why": found.why}
+    assert record == {
+        "layout": "shared",
+        "micro_batch_tokens": MOST_TOKENS["cpu"],
+        "recompute": False,
+        "why": found.why,
+        "sequence_parallel_size": 1,
+    }
 
 
 def test_a_model_that_only_padded_rows_are_exact_for_is_computed_padded_and_the_record_says_why(tmp_path: Path) -> None:
@@ -240,7 +259,7 @@ def test_a_stage_cut_off_in_training_goes_on_in_its_layout(
     with pytest.raises(Preempted):
         STAGE.run(context)
     ending.join()
-    assert "computes shared, 1024 tokens at once" in capfd.readouterr().out
+    assert "computes shared, 512 tokens at once" in capfd.readouterr().out
     (context.directory / "layout.json").write_text(json.dumps(KEPT))
     STAGE.run(context)
     said = capfd.readouterr().out

@@ -1,6 +1,7 @@
 """The reward model against Bradley and Terry's formula in a plain torch loop, and against itself: published, padded, among others."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.batch import epoch_order
 from tests.conftest import Ended, read_lines, read_samples
@@ -59,13 +60,27 @@ def rewards(model: Any, row: dict[str, Any]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("overrides", "margin", "center"),
-    [((), 0.0, 0.0), (("stages.reward.margin=0.5", "stages.reward.center_rewards_coefficient=0.01"), 0.5, 0.01)],
-    ids=["plain", "margin and centering"],
+    [
+        ((), 0.0, 0.0),
+        (("stages.reward.margin=0.5", "stages.reward.center_rewards_coefficient=0.01"), 0.5, 0.01),
+        (("stages.reward.margin=0.25", "sources.prefs.data={rated}"), 0.25, 0.0),
+    ],
+    ids=["plain", "margin and centering", "margins of pairs"],
 )
 def test_losses_equal_the_formula(
-    posttrain: Cli, reward_file: Path, tiny: Path, tmp_path: Path, overrides: tuple[str, ...], margin: float, center: float
+    posttrain: Cli,
+    reward_file: Path,
+    tiny: Path,
+    pairs_file: Path,
+    tmp_path: Path,
+    overrides: tuple[str, ...],
+    margin: float,
+    center: float,
 ) -> None:
-    stage = run(posttrain, reward_file, tmp_path, *overrides)
+    rated = [{**row, "margin": number / 10} if number % 2 else row for number, row in enumerate(read_lines(pairs_file))]
+    (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated))
+    stage = run(posttrain, reward_file, tmp_path, *(override.format(rated=tmp_path / "rated.jsonl") for override in overrides))
+    own = [row.get("margin", 0.0) if "{rated}" in "".join(overrides) else 0.0 for row in rated]
     config = json.loads((stage / "output" / "config.json").read_text())
     torch.manual_seed(0)  # the head is the first that is drawn by the stage's seed
     model = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1, dtype=torch.float32)
@@ -82,7 +97,8 @@ def test_losses_equal_the_formula(
         loss = torch.zeros(())
         for index in stream[step * BATCH : (step + 1) * BATCH]:
             chosen, rejected = rewards(model, rows[index])
-            loss = loss + (-torch.log(torch.sigmoid(chosen - rejected - margin)) + center * (chosen + rejected) ** 2) / BATCH
+            asked = margin + own[rows[index]["row"]]
+            loss = loss + (-torch.log(torch.sigmoid(chosen - rejected - asked)) + center * (chosen + rejected) ** 2) / BATCH
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -126,10 +142,16 @@ def test_every_layout_and_number_of_ranks_learns_the_same(posttrain: Cli, reward
         assert metrics(stage)["heldout/mean_margin"] == pytest.approx(metrics(whole)["heldout/mean_margin"], rel=1e-3), name
 
 
-def test_the_head_survives_adapters(posttrain: Cli, reward_file: Path, tmp_path: Path) -> None:
-    stage = run(posttrain, reward_file, tmp_path, "stages.reward.lora={r: 8}", "stages.reward.num_train_epochs=20")
+def test_the_head_survives_adapters_and_rewards_are_not_rounded(posttrain: Cli, reward_file: Path, tmp_path: Path, tiny: Path) -> None:
+    base = tmp_path / "rounded"
+    shutil.copytree(tiny, base)
+    AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).save_pretrained(base)
+    overrides = (f"sources.base.model={base}", "stages.reward.lora={r: 8}", "stages.reward.num_train_epochs=20")
+    stage = run(posttrain, reward_file, tmp_path, *overrides)
     assert metrics(stage)["heldout/accuracy"] > 0.9
-    model = AutoModelForSequenceClassification.from_pretrained(stage / "output", dtype=torch.float32).eval()
+    assert metrics(stage)["handoff_logit_drift"] < 1e-4
+    model = AutoModelForSequenceClassification.from_pretrained(stage / "output", dtype="auto").eval()
+    assert model.dtype == torch.float32, "though the policy is stored in bfloat16"
     with torch.no_grad():
         difference = [float(torch.stack(rewards(model, row)).diff()) for row in read_samples(stage)]
     assert np.mean(np.array(difference) < 0) > 0.9
@@ -153,5 +175,5 @@ def test_a_later_stage_that_wants_a_policy_refuses_it_when_planning(posttrain: C
 def test_held_out_conversations_are_refused_before_anything_is_trained(posttrain: Cli, reward_file: Path, tmp_path: Path) -> None:
     ended = posttrain("run", reward_file, "--root", tmp_path, "stages.reward.inputs.heldout=chat")
     assert ended.code == 2
-    assert "is a conversation, and stages.reward is rated on preference pairs" in ended.err
+    assert "is a conversation, and stages.reward learns from preference pairs" in ended.err
     assert not (tmp_path / "test" / "reward" / "checkpoints").exists()

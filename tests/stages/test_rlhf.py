@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -155,7 +157,7 @@ def test_the_loss_counts_how_far_each_token_has_moved(posttrain: Cli, rlhf_file:
 
 @pytest.mark.parametrize("overrides", [(), ("stages.rlhf.algorithm=rloo",), ("stages.rlhf.lora={r: 8}", "stages.rlhf.learning_rate=3e-2")])
 def test_the_reward_on_held_out_prompts_rises(posttrain: Cli, rlhf_file: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
-    options = ("stages.rlhf.learning_rate=1e-2", "stages.rlhf.max_steps=25", "stages.rlhf.heldout_steps=10")
+    options = ("stages.rlhf.learning_rate=1e-2", "stages.rlhf.max_steps=25", "stages.rlhf.eval_steps=10")
     stage = run(posttrain, rlhf_file, tmp_path, *options, *overrides)
     measured = read_lines(stage / "heldout.jsonl")
     assert [line["step"] for line in measured] == [0, 10, 20, 25]
@@ -199,6 +201,66 @@ def test_every_number_of_ranks_and_sharding_samples_and_learns_the_same(posttrai
         assert metrics(stage)["heldout/reward"] == metrics(whole)["heldout/reward"], name
 
 
+UNUSED = {
+    "sampling_params": "StructuredOutputsParams",
+    "utils.network_utils": "get_ip",
+    "distributed.weight_transfer.nccl_common": "trainer_init",
+    "distributed.weight_transfer.packed_tensor": "packed_nccl_broadcast_producer",
+    "distributed.weight_transfer.nccl_engine": "NCCLTrainerSendWeightsArgs = NCCLWeightTransferEngine",
+}
+"""What TRL imports of vLLM, and does not use where engine and training share a process."""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    """A directory of packages, with one that stands in for vLLM."""
+    root = tmp_path / "packages"
+    for module, names in UNUSED.items():
+        path = root.joinpath("vllm", *module.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{names} = None\n")
+    (root / "vllm" / "__init__.py").write_text(Path(__file__).with_name("stand_in_vllm.py").read_text())
+    known = root / "vllm-0.25.0.dist-info"
+    known.mkdir()
+    (known / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.25.0\n")
+    (known / "top_level.txt").write_text("vllm\n")
+    return root
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_an_engine_samples_from_the_policy_as_it_is_now(rlhf_file: Path, chat_file: Path, stand_in: Path, num_processes: int) -> None:
+    text = rlhf_file.read_text().replace("  prefs:", f"  chat: {{data: {chat_file}}}\n  prefs:")
+    sft = "stages:\n  sft: {inputs: {policy: base, data: chat}, max_steps: 1, global_batch_size: 8}\n"
+    rlhf_file.write_text(text.replace("stages:\n", sft).replace("policy: base, data: prompts", "policy: sft, data: prompts"))
+    root = rlhf_file.parent
+    command = [sys.executable, "pipeline.py", "run", rlhf_file, "--root", root, f"launcher.num_processes={num_processes}"]
+    settings = ["use_vllm=true", "learning_rate=1e-2", "max_steps=6", "num_generations=8"]
+    ended = subprocess.run(
+        [*map(str, command), *(f"stages.rlhf.{each}" for each in settings)],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(stand_in)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    logged = read_lines(root / "test" / "rlhf" / "metrics.jsonl")
+    assert logged[-1]["kl"] > 1e-2, "the policy has moved"
+    for line in logged:
+        assert line["sampling/sampling_logp_difference/max"] < 1e-3, "and the engine with it"
+        assert line["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-2)
+    kept = read_lines(root / "test" / "rlhf" / "completions.jsonl")
+    assert len(kept) == 6 * BATCH * 8
+    assert len({line["completion"] for line in kept}) > len(kept) / 4, "they are drawn"
+    assert [line["step"] for line in read_lines(root / "test" / "rlhf" / "heldout.jsonl")] == [0, 6]
+
+
+def test_an_engine_that_is_not_there_is_told(posttrain: Cli, rlhf_file: Path, tmp_path: Path) -> None:
+    ended = posttrain("run", rlhf_file, "--root", tmp_path, "stages.rlhf.use_vllm=true")
+    assert ended.code == 2
+    assert "stages.rlhf.use_vllm: vllm is not installed here; install it, or set it to false" in ended.err
+
+
 def test_it_ends_where_it_has_moved_beyond_its_budget(posttrain: Cli, rlhf_file: Path, tmp_path: Path) -> None:
     options = ("stages.rlhf.max_steps=40", "stages.rlhf.learning_rate=1e-2", "stages.rlhf.beta=0.0", "stages.rlhf.kl_budget=0.5")
     stage = run(posttrain, rlhf_file, tmp_path, *options)
@@ -239,7 +301,7 @@ def published(context: StageContext[Any]) -> list[bytes]:
 
 @pytest.mark.usefixtures("nondeterministic_afterwards")
 def test_a_run_that_is_stopped_resumes_to_the_very_same_weights_and_completions(tiny: Path, tmp_path: Path) -> None:
-    settings = {"max_steps": 12, "save_steps": 4, "heldout_steps": 4}
+    settings = {"max_steps": 12, "save_steps": 4, "eval_steps": 4}
     whole, cut = (open_context(tiny, tmp_path / name, **settings) for name in ("whole", "cut"))
     STAGE.run(whole)
 
@@ -285,7 +347,7 @@ def test_a_reward_model_of_another_tokenizer_is_followed(tiny: Path, tmp_path: P
         written.save_pretrained(tmp_path / "judge")
     contract.save(tmp_path / "judge")
     judge = Input("judge", "reward_model", "", ModelSource(model=str(tmp_path / "judge")))
-    sizes = {"global_batch_size": 8, "num_generations": 8, "max_steps": 40, "heldout_steps": 20}
+    sizes = {"global_batch_size": 8, "num_generations": 8, "max_steps": 40, "eval_steps": 20}
     context = open_context(tiny, tmp_path / "root", beta=0.0, learning_rate=5e-3, **sizes)
     config = context.config.model_copy(update={"checkers": []})
     context = replace(context, inputs={**context.inputs, "reward": (judge,)}, config=config)
@@ -316,6 +378,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "no room": (("stages.rlhf.max_completion_length=120",), "prompts.jsonl:1: the prompt has "),
     "no room at all": (("stages.rlhf.max_completion_length=128",), "leaves no room for a prompt in max_length: 128"),
     "a cut prompt": (("stages.rlhf.on_overflow=truncate",), "a prompt that is cut off asks something else"),
+    "engines that ranks cannot share": (("stages.rlhf.vllm_tensor_parallel_size=2",), "vllm_tensor_parallel_size: 1 ranks cannot be"),
     "another algorithm's": (("stages.rlhf.algorithm=rloo", "stages.rlhf.loss_type=grpo"), "loss_type: is for algorithm grpo, not rloo"),
 }
 

@@ -1,12 +1,8 @@
 """IFD and rewards against plain passes of the models, a row at a time; the judge against a real HTTP server."""
 
-import json
 import math
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ from posttrain.models import load_policy, load_tokenizer
 from posttrain.stage import Input
 from tests.posttrain.curate.bench import candidates_of, chat, pair
 from tests.posttrain.curate.measured import ask, make_bench, policy
+from tests.posttrain.judge_server import Server
 
 COLOURS = ["red", "green", "blue", "black", "white", "grey", "pink", "brown"]
 ROWS = [chat(f"the colour is {COLOURS[n % 8]}" + ", as the sky" * (n % 5), f"what is the colour of bird {n}?") for n in range(24)]
@@ -233,61 +230,6 @@ def test_what_is_no_reward_model_is_refused(tiny: Path, reward_model: Path, tmp_
 
 
 # Judge.
-
-
-@dataclass
-class Server:
-    """A chat completions interface, and what it was asked. `answer` gives status and text for a question, and how often it was asked."""
-
-    answer: Callable[[str, int], tuple[int, str]] = lambda question, times: (200, "Fine.\nScore: 7")
-    asked: list[dict[str, Any]] = field(default_factory=list)
-    keys: list[str | None] = field(default_factory=list)
-    url: str = ""
-
-    def times(self, text: str) -> int:
-        """How often something was asked that holds the text."""
-        return sum(text in request["messages"][0]["content"] for request in self.asked)
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    state = Server()
-    lock = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            question = request["messages"][0]["content"]
-            with lock:
-                before = state.times(question)
-                state.asked.append(request)
-                state.keys.append(self.headers["Authorization"])
-            status, text = state.answer(question, before) if self.path == "/v1/chat/completions" else (404, "no such path")
-            body: dict[str, Any] = {"error": {"message": text}}
-            if status == 200:
-                message = {"role": "assistant", "content": text}
-                choices = [{"index": 0, "finish_reason": "stop", "message": message}]
-                body = {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"], "choices": choices}
-            data = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            if status == 429:
-                self.send_header("Retry-After", "0.01")
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *arguments: object) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    state.url = f"http://127.0.0.1:{http.server_port}/v1"
-    yield state
-    http.shutdown()
-    http.server_close()
-    thread.join()
 
 
 def judge(server: Server, **settings: Any) -> Judge:

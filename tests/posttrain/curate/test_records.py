@@ -55,13 +55,14 @@ FOLLOWS = st.builds(lambda first, between, last: [first, *between, last], ASSIST
     ASSISTANT, min_size=1, max_size=2
 )
 PAIRS = st.builds(
-    lambda s, p, again, c, r, t: Pair([*s, *p], (p if again and p[0]["role"] == "assistant" else []) + c, r, t, "x.jsonl:1"),
+    lambda s, p, again, c, r, t, m: Pair([*s, *p], (p if again and p[0]["role"] == "assistant" else []) + c, r, t, "x.jsonl:1", m),
     SYSTEM,
     st.lists(ASSISTANT | ASKING, min_size=1, max_size=2),
     st.booleans(),
     FOLLOWS,
     FOLLOWS,
     TOOLS,
+    st.none() | st.floats(allow_nan=False, allow_infinity=False),
 )
 LABELLED = st.builds(
     lambda s, a, b, t, label: Conversation([*s, a, b], t, [], "x.jsonl:1", label), SYSTEM, ASKING, ASSISTANT, TOOLS, st.booleans()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from posttrain.config import DataSource
 from posttrain.data.formats import LAYOUTS, Format, convert, detect, rename
-from posttrain.data.rows import Conversation, Pair, prompt_text
+from posttrain.data.rows import Conversation, Pair, Text, asked_turns, prompt_text, question
 from posttrain.error import UserError
 
 U = {"role": "user", "content": "q"}
@@ -156,6 +156,13 @@ def test_a_label_is_of_the_last_answer_and_all_before_is_context(record, message
         assert detect(labelled, "sources.x: format") == "unpaired"
 
 
+@pytest.mark.parametrize(("value", "margin"), [(1, 1.0), (0.5, 0.5), ("0.25", 0.25), (-1, -1.0), ("", None), (None, None)])
+def test_the_margin_of_a_pair_is_a_number(value, margin):
+    pair = convert({"prompt": "q", "chosen": "a", "rejected": "b", "margin": value}, "preference", "x:1")
+    assert isinstance(pair, Pair)
+    assert pair.margin == margin
+
+
 def test_a_system_column_opens_the_prompt_of_a_pair():
     assert convert({"system": "s", "prompt": "q", "chosen": "a", "rejected": "b"}, "preference", "x:1").prompt == [S, U]
 
@@ -288,6 +295,10 @@ BAD = [
     ("preference", {"chosen": [U, A], "rejected": "b"}, "rejected: is only an answer, and there is no prompt"),
     ("preference", {"chosen": [U, A], "rejected": [A]}, "chosen: shares no first message with rejected"),
     ("preference", {"chosen": [S, U, A], "rejected": [S, said("user", "other"), A]}, "chosen: the answer begins with a user message"),
+    *(
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": "b", "margin": margin}, f"margin: must be a number, by how much {rest}")
+        for margin, rest in (("big", "the chosen answer is the better, got 'big'"), (True, ""), (float("nan"), ""), ("inf", ""), ([1], ""))
+    ),
     ("unpaired", {"prompt": "q", "completion": "a"}, "label: is missing or null"),
     ("unpaired", {"prompt": "q", "completion": "a", "label": 2}, "label: must be true or false, got 2; where it is no verdict"),
     ("unpaired", {"prompt": "q", "completion": "a", "label": 1.0}, "label: must be true or false, got 1.0"),
@@ -300,6 +311,8 @@ BAD = [
     ("prompt", {"prompt": [U, A]}, "prompt: a prompt to answer must end with a user or tool message, got assistant"),
     ("prompt", {"prompt": ""}, "prompt: is empty"),
     ("prompt", {}, "prompt: is missing or null; the row has "),
+    ("text", {"text": " "}, "text: is empty"),
+    ("text", {"text": ["a"]}, "text: must be text"),
 ]  # fmt: skip
 
 
@@ -320,6 +333,8 @@ def test_a_bad_record_is_one_line_that_names_place_and_field(form, record, probl
         ("instruction output checks", "alpaca"),
         ("id conversations tools", "sharegpt"),
         ("key prompt kwargs", "prompt"),
+        ("prompt text", "prompt"),
+        ("id text url", "text"),
     ],
 )
 def test_columns_beside_those_of_a_format_do_not_hide_it(columns, form):
@@ -340,7 +355,7 @@ def test_columns_that_fit_two_formats_ask_for_a_format(columns, candidates):
         detect(columns.split(), "sources.x")
 
 
-@pytest.mark.parametrize("columns", ["text", "question answer", "instruction", "instruction instances", "chosen", ""])
+@pytest.mark.parametrize("columns", ["question answer", "instruction", "instruction instances", "chosen", ""])
 def test_columns_that_fit_no_format_are_listed(columns):
     with pytest.raises(UserError, match=f"^sources.x: no format fits the columns {columns.replace(' ', ', ')}; name them with columns:"):
         detect(columns.split(), "sources.x")
@@ -368,6 +383,27 @@ def test_the_prompt_text_ends_before_the_first_answer(row, text):
     assert prompt_text(row) == text
 
 
+def test_plain_text_is_kept_as_it_stands_and_asks_all_that_it_says():
+    row = convert({"text": " A  b\n", "url": "u"}, "text", "x:1")
+    assert row == Text(" A  b\n", "x:1")
+    assert (prompt_text(row), question(row)) == (" A  b\n", "a b")
+
+
+@pytest.mark.parametrize(
+    "row, turns",
+    [
+        (Conversation([S, U, A], None, [], ""), [[S, U]]),
+        (Conversation([S, U, U, U], None, [], ""), [[S, U], [U], [U]]),
+        (Conversation([U, A, U, U, A], None, [], ""), [[U, A, U], [U]]),
+        (Conversation([U, CALLED, T], None, [], ""), [[U, CALLED, T]]),
+        (Pair([U, U], [A], [A], None, ""), [[U], [U]]),
+        (Conversation([A], None, [], ""), [[]]),
+    ],
+)
+def test_a_policy_answers_where_one_user_message_follows_another_and_at_the_end(row, turns):
+    assert asked_turns(row) == turns
+
+
 WORDS = st.sampled_from(
     ["", " ", "text", "user", "assistant", "system", "tool", "human", "gpt", "function_call", "[]", '{"name": "f"}', "\ud800"]
 )
@@ -385,7 +421,9 @@ LIKELY = {
     **dict.fromkeys(["messages", "conversations"], TURNS.map(lambda turns: [*turns, A]) | TURNS),
     **dict.fromkeys(["prompt", "completion", "chosen", "rejected"], st.text(min_size=1, max_size=5) | TURNS.map(lambda turns: [*turns, A])),
     **dict.fromkeys(["instruction", "input", "output", "system"], st.text(min_size=1, max_size=5)),
+    "text": st.text(min_size=1, max_size=5),
     "label": st.booleans(),
+    "margin": st.floats(-1, 1),
     "history": st.lists(st.lists(st.text(min_size=1, max_size=5), min_size=2, max_size=2), max_size=2),
     "tools": st.sampled_from([[TOOL], "[]", None]),
     "checks": st.sampled_from([CHECKS, [], None]),
@@ -417,6 +455,8 @@ def test_any_record_gives_a_row_or_a_one_line_error(form_and_record):
         return
     assert isinstance(row, LAYOUTS[form].row) and row.origin == "x:1"
     prompt_text(row).encode()
+    if isinstance(row, Text):
+        return
     for message in row.messages if isinstance(row, Conversation) else row.prompt + row.chosen + row.rejected:
         assert message["content"].strip() or message.get("tool_calls")
     if isinstance(row, Pair):

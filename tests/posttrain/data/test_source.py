@@ -251,6 +251,16 @@ def test_conversations_and_pairs_do_not_mix(tmp_path):
     )
 
 
+def test_plain_text_is_for_those_who_ask_for_it(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": f"text {number}", "url": "u"} for number in range(40)])
+    assert opened(path).entries == [Entry(path, "text", True)]
+    assert fails(path).startswith(f"{path}:1: is plain text, and only eval reads that")
+    sides = [[row.text for row in opened(path, held_out=0.3, part=part).all_rows()] for part in ("train", "held_out")]
+    assert sorted(sides[0] + sides[1]) == sorted(f"text {number}" for number in range(40)) and all(sides)
+    chat = write(tmp_path / "b.jsonl", qa(3))
+    assert f"{path} plain text (text); make them two sources" in fails([path, chat])
+
+
 def test_a_source_without_rows_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", qa(3, 1))
     side = "held_out" if unit(0, "user\nq0\n") >= 0.5 else "train"
@@ -261,8 +271,8 @@ def test_a_source_without_rows_is_refused(tmp_path):
 
 
 def test_columns_that_fit_nothing_or_two_formats_name_the_file(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"text": "x"}])
-    assert fails(path).startswith(f"sources.x: format: {path}: no format fits the columns text; name them with columns:")
+    path = write(tmp_path / "a.jsonl", [{"body": "x"}])
+    assert fails(path).startswith(f"sources.x: format: {path}: no format fits the columns body; name them with columns:")
     path = write(tmp_path / "a.jsonl", [{"messages": [], "conversations": []}])
     assert fails(path).endswith("fit messages and sharegpt; set format: to one of them")
 
@@ -410,8 +420,8 @@ def test_a_response_stored_as_true_is_an_error_that_names_its_record(tmp_path):
         assert fails(str(path), columns=columns) == f"{path}[1]: {ours[name]}: must be text or messages, got true"
 
 
-UNFIT = ["llamafactory_demo/c4_demo.jsonl", "self_instruct/seed_tasks.jsonl", "self_instruct/user_oriented_instructions.jsonl",
-         "pandalm_testset/testset-v1.json", "decontam/sociology_test.csv"]  # fmt: skip
+UNFIT = ["self_instruct/seed_tasks.jsonl", "self_instruct/user_oriented_instructions.jsonl", "pandalm_testset/testset-v1.json",
+         "decontam/sociology_test.csv"]  # fmt: skip
 
 
 @pytest.mark.real
@@ -419,6 +429,13 @@ UNFIT = ["llamafactory_demo/c4_demo.jsonl", "self_instruct/seed_tasks.jsonl", "s
 def test_a_public_data_set_of_another_shape_is_refused_by_its_columns(name):
     path = shared(name)
     assert fails(path).startswith(f"sources.x: format: {path}: no format fits the columns ")
+
+
+@pytest.mark.real
+def test_public_plain_text_is_detected():
+    path = shared("llamafactory_demo/c4_demo.jsonl")
+    rows = list(opened(path).all_rows())
+    assert [row.text for row in rows] == [json.loads(line)["text"] for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.real

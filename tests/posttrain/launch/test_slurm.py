@@ -44,7 +44,7 @@ SMALL = Script(
     run="my-chat-model",
     stage="eval",
     launcher=launcher(),
-    log=Path("/data/runs/my-chat-model/eval/logs/job_%j.log"),
+    output=Path("/data/runs/my-chat-model/eval/logs/job_%j.log"),
     directory=Path("/home/me/work"),
     command=["/env/bin/python", "/code/pipeline.py", "step", "/data/runs/my-chat-model/.jobs/eval/pipeline.json", "--stage", "eval"],
     after=[],
@@ -54,7 +54,7 @@ SCRIPTS = {
     "big": replace(SMALL, stage="dpo", launcher=BIG, after=["12", "15"]),
     "odd_names": replace(
         SMALL,
-        log=Path("/data/50% of 'it'/eval/logs/job_%j.log"),
+        output=Path("/data/50% of 'it'/eval/logs/job_%j.log"),
         directory=Path("/home/a b/$(touch x)"),
         command=["/env/my python", "step", "$HOME;`touch x`", 'it\'s "here"', "*"],
     ),
@@ -154,8 +154,9 @@ def test_a_time_limit_is_read_as_slurm_reads_it(time: int | str, seconds: int) -
 
 # --- submit, run, status and cancel, with stand-ins for Slurm's commands ---------------------------------------------
 
-PIPELINE = """
+STAGES = """
 run: r
+smoke: false
 sources:
   base: {model: HERE/base}
   chat: {data: HERE/chat.jsonl}
@@ -165,8 +166,8 @@ stages:
   near: {kind: dpo, inputs: {policy: sft, data: prefs}, beta: 0.3}
   far: {kind: dpo, inputs: {policy: sft, data: prefs}, beta: 0.03}
   eval: {inputs: {policies: [near, far], data: [prefs]}, launcher: {num_nodes: 1, processes_per_node: 1}}
-launcher: {kind: slurm, partition: main, num_nodes: 2, processes_per_node: 4}
 """
+PIPELINE = f"{STAGES}launcher: {{kind: slurm, partition: main, num_nodes: 2, processes_per_node: 4}}\n"
 SBATCH = """#!/bin/sh
 test -e HERE/full && { echo "sbatch: error: invalid account" >&2; exit 1; }
 number=$(cat HERE/number); echo $((number + 1)) > HERE/number

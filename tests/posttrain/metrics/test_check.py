@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.error import UserError
-from posttrain.metrics.check import KINDS, as_number, as_reference, final_number, read_check, read_checks, score
+from posttrain.metrics.check import KINDS, as_number, as_reference, final_number, read_check, read_checks, read_turn_checks, score
 
 REPO_ROOT = Path(__file__).resolve().parents[3]
 GSM8K = REPO_ROOT.parent / "shared" / "data" / "gsm8k_train" / "train.jsonl"
@@ -395,6 +395,7 @@ def test_every_kind_reads_and_its_reference_reads_back_the_same():
             {"kind": "regex_match", "pattern": r"^\d+$"},
             {"kind": "json_validity", "required_keys": ["name"]},
             {"kind": "length_limits", "max_words": 100},
+            {"kind": "refusal", "expected": True},
             {"kind": "instruction", "id": "punctuation:no_comma"},
         ],
         "heldout.jsonl:12",
@@ -425,11 +426,11 @@ def test_no_checks_are_no_checks():
         (
             {"kind": 3},
             "checks[0].kind: no check is called 3; "
-            "known: exact_answer, final_number, instruction, json_validity, length_limits, regex_match",
+            "known: exact_answer, final_number, instruction, json_validity, length_limits, refusal, regex_match",
         ),
         (
             {"answer": "a"},
-            "checks[0].kind: missing; known: exact_answer, final_number, regex_match, json_validity, length_limits, instruction",
+            "checks[0].kind: missing; known: exact_answer, final_number, regex_match, json_validity, length_limits, refusal, instruction",
         ),
         ({"kind": "exact_answer", "answer": []}, "checks[0].answer: must be a text, or a list of at least one, got []"),
         ({"kind": "exact_answer", "answer": 5}, "checks[0].answer: must be a text, or a list of at least one, got 5"),
@@ -455,6 +456,29 @@ def test_a_bad_check_is_one_line_that_names_its_row_and_field(check, message):
     assert str(error.value) == f"heldout.jsonl:12: {message}"
 
 
+def test_a_check_is_of_the_last_answer_or_of_those_that_it_names():
+    first, last, each = ({"kind": "exact_answer", "answer": text} for text in "ABC")
+    read = read_turn_checks([{**first, "turn": 1}, last, {**each, "turn": "each"}, {**last, "turn": None}], "row", 3)
+    assert [[check.answer for check in checks] for checks in read] == [["A", "C"], ["C"], ["B", "C", "B"]]
+    assert read_turn_checks([], "row", 2) == [[], []]
+    assert read_turn_checks([last], "row", 1) == [read_checks([last], "row")]
+
+
+@pytest.mark.parametrize("turn", [0, 3, -1, "last", True, 1.0, [1]])
+def test_a_turn_that_no_answer_has_is_refused(turn):
+    with pytest.raises(
+        UserError, match=r'^row: checks\[0\]\.turn: must be a number from 1 to 2, as so often the row is answered, or "each"'
+    ):
+        read_turn_checks([{"kind": "exact_answer", "answer": "a", "turn": turn}], "row", 2)
+
+
+def test_contradictions_are_those_of_one_answer():
+    one, other = ({"kind": "instruction", "id": name} for name in ("change_case:english_capital", "change_case:english_lowercase"))
+    assert len(read_turn_checks([{**one, "turn": 1}, {**other, "turn": 2}], "row", 2)) == 2
+    with pytest.raises(UserError, match=r"^row: "):
+        read_turn_checks([one, other], "row", 2)
+
+
 def test_checks_that_are_no_list_are_refused():
     for checks in ({"kind": "regex_match"}, "regex_match", None):
         with pytest.raises(UserError, match=r"^row: checks: must be a list of mappings"):
@@ -466,6 +490,7 @@ def test_checks_that_are_no_list_are_refused():
 @given(text=st.text())
 def test_a_score_is_zero_or_one_for_any_text(kind, text):
     fields = {
+        "refusal": {"expected": True},
         "exact_answer": {"answer": "a"},
         "final_number": {"answer": 1},
         "regex_match": {"pattern": "a+"},

@@ -17,6 +17,7 @@ from posttrain.data.formats import convert, detect
 from posttrain.error import UserError
 from posttrain.metrics.check import as_reference, read_check, read_checks, score
 from posttrain.metrics.ifeval import INSTRUCTIONS, follows, follows_loosely, read_instruction
+from posttrain.metrics.measured import grade, measure_results
 from posttrain.metrics.metric import load_metric
 from tests.conftest import Ended, read_lines
 
@@ -315,11 +316,10 @@ def test_the_metric_gives_both_accuracies():
 
 
 def test_accuracies_are_of_prompts_and_of_instructions():
-    from posttrain.evaluate import Policy, Rows, compare_policies
-
     def row(number: int, answer: str, *checks: dict[str, Any]) -> dict[str, Any]:
         references = [as_reference(check) for check in read_checks(list(checks), "row")]
-        return {"row": number, "measure": "answer", "answer": answer, "checks": references}
+        told = {"row": number, "measure": "answer", "turn": 1, "num_tokens": 1, "ended": True, "repetition": 0.0}
+        return {**told, "answer": answer, "checks": references}
 
     comma, quotation = ({"kind": "instruction", "id": name} for name in ("punctuation:no_comma", "startend:quotation"))
     capitals = {"kind": "instruction", "id": "change_case:capital_word_frequency", "capital_frequency": 1, "capital_relation": "less than"}
@@ -330,19 +330,18 @@ def test_accuracies_are_of_prompts_and_of_instructions():
         row(2, "a, b", comma),  # none
         row(3, "a", comma, exact),  # the instruction, and not the other check
     ]
-    policy = Policy("base", results, num_too_long=0)
-    table, metrics = compare_policies([policy], Rows([], [], []), confidence=0.95, seed=0)
-    assert metrics == pytest.approx(
-        {
-            "base.answers passed": 1 / 4,
-            "base.exact_answer": 0.0,
-            "base.prompt_level_strict_acc": 2 / 4,
-            "base.inst_level_strict_acc": 5 / 8,
-            "base.prompt_level_loose_acc": 3 / 4,
-            "base.inst_level_loose_acc": 7 / 8,
-        }
-    )
-    assert {cells[0]: cells[1] for cells in table["rows"]}["inst_level_loose_acc"] == "4"
+    grade(results)
+    measured = measure_results(results)
+    expected = {
+        "answers passed": 1 / 4,
+        "exact_answer": 0.0,
+        "prompt_level_strict_acc": 2 / 4,
+        "inst_level_strict_acc": 5 / 8,
+        "prompt_level_loose_acc": 3 / 4,
+        "inst_level_loose_acc": 7 / 8,
+    }
+    assert {name: measured[name].value for name in expected} == pytest.approx(expected)
+    assert measured["inst_level_loose_acc"].weights == {0: 3.0, 1: 3.0, 2: 1.0, 3: 1.0}
 
 
 def test_eval_measures_rows_of_ifeval_and_refuses_what_no_answer_can_follow(

@@ -23,6 +23,7 @@ ANSWERS = {
     "regex_match": [("a1", {"pattern": r"\d"}), ("a1", {"pattern": r"\d", "full": True}), ("", {"pattern": "x"})],
     "json_validity": [("{}", {}), ("NaN", {}), ('```json\n{"a": 1}\n```', {"required_keys": ["a"]}), ("", {})],
     "length_limits": [("a b c", {"max_words": 3}), ("a b c", {"max_words": 2}), ("", {"min_words": 1})],
+    "refusal": [("I can't help with that.", {"expected": True}), ("Sure!", {"expected": False}), ("Sure!", {"expected": True})],
     "instruction": [("a", {"id": "punctuation:no_comma"}), ("a, b", {"id": "punctuation:no_comma"}), ('"a"', {"id": "startend:quotation"})],
 }
 

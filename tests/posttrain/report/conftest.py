@@ -13,6 +13,7 @@ import pipeline
 from posttrain import artifact, ledger
 from posttrain.config import read_pipeline
 from posttrain.progress import Progress
+from posttrain.results import write_results
 
 POLICIES = ("base", "sft", "dpo")
 
@@ -42,9 +43,11 @@ def nll_results(policy: str, totals: Sequence[float], num_tokens: Sequence[int])
 def answer_results(policy: str, answers: Sequence[str], wanted: Sequence[str]) -> list[dict[str, Any]]:
     """Results of `eval`, whose rows were answered so and want an exact answer."""
     checks = [[json.dumps({"kind": "exact_answer", "answer": text})] for text in wanted]
+    told = {"policy": policy, "measure": "answer", "turn": 1, "ended": True, "repetition": 0.0}
+    verdicts = [[float(answer == text)] for answer, text in zip(answers, wanted, strict=True)]
     return [
-        {"policy": policy, "row": row, "measure": "answer", "answer": answer, "checks": asked}
-        for row, (answer, asked) in enumerate(zip(answers, checks, strict=True))
+        {**told, "row": row, "answer": answer, "num_tokens": len(answer), "checks": asked, "verdicts": found, "loose_verdicts": found}
+        for row, (answer, asked, found) in enumerate(zip(answers, checks, verdicts, strict=True))
     ]
 
 
@@ -96,7 +99,7 @@ stages:
             if node.name == "eval":
                 found = table or {"columns": ["metric", "rows", *POLICIES], "rows": [], "notes": ["a note"]}
                 (output / "table.json").write_text(json.dumps(found))
-                (output / "rows.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+                write_results(output, results)
             else:
                 (output / "model.safetensors").write_bytes(b"weights")
                 progress = Progress(node.directory, is_main=True)

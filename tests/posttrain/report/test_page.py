@@ -112,7 +112,7 @@ def test_only_its_own_script_may_run_and_nothing_may_be_fetched(make_run):
 def test_the_page_tells_of_every_part_of_the_run(make_run):
     table = {
         "columns": ["metric", "rows", *POLICIES],
-        "rows": [["nll", "2", "2.000 (1.900 to 2.100)", "1.5 (-0.5)", "-"]],
+        "rows": [["nll", "2", "2.000 (1.900 to 2.100)", "1.5 (-0.5)", "1.4 (-0.6, -0.7 to -0.4, p 0.004)"]],
         "notes": ["so sure"],
     }
     results = [result for policy in POLICIES for result in answer_results(policy, ["yes", "no"], ["yes", "yes"])]
@@ -123,6 +123,7 @@ def test_the_page_tells_of_every_part_of_the_run(make_run):
         "2.000",
         "1.900 to 2.100",
         "-0.500",
+        "(-0.700 to -0.400, p 0.004)",
         "so sure",
         "loss 2 → 1 in 2 steps",
         "learning_rate",

@@ -44,6 +44,13 @@ def test_prompts_stand_beside_what_each_policy_answered_and_whether_it_passes(ma
     assert [(answer.text, answer.passed) for answer in second.answers] == [("base", False), ("sft", False), ("dpo", True)]
 
 
+def test_several_answers_to_a_row_stand_one_below_the_other(make_run):
+    first, second = (answer_results("base", [text], ["1"])[0] for text in ("1", "2"))
+    (evaluation,) = [stage.evaluation for stage in read_made(make_run(results=[first, {**second, "turn": 2}])).stages if stage.evaluation]
+    (sample,) = evaluation.samples
+    assert [(answer.text, answer.passed) for answer in sample.answers] == [("[1]\n1\n\n[2]\n2", False)]
+
+
 def test_answers_are_not_put_beside_prompts_of_data_that_changed(make_run, tmp_path):
     made = make_run(results=answer_results("base", ["1", "2"], ["1", "1"]))
     (tmp_path / "shown.heldout.jsonl").write_text(json.dumps({"prompt": "another?"}) + "\n" + json.dumps({"prompt": "two?"}) + "\n")
