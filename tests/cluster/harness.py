@@ -53,7 +53,8 @@ class Cluster:
 
     def pids(self, name: str, what: str = "") -> list[int]:
         """The processes of a node whose command line holds `what`."""
-        said = subprocess.run(["ip", "netns", "pids", f"pt-{name}"], capture_output=True, text=True, check=True).stdout
+        namespace = f"{(self.directory / 'prefix').read_text().strip()}-{name}"
+        said = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=True).stdout
         return [int(pid) for pid in said.split() if what in _command_line(int(pid))]
 
     def kill(self, name: str) -> None:

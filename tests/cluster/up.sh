@@ -5,6 +5,7 @@
 #   DIRECTORY/slurmd node1|node2               starts the daemon of a node, also again after its processes were killed
 #
 # A node is a network namespace with a host name of its own; all share the files of this machine, as nodes share a network disk.
+# Namespaces have a name that nobody else has, so clusters may stand side by side, and one that was left behind is in nobody's way.
 # What is missing is installed from Debian's packages. Nothing is written to beyond DIRECTORY, and down.sh takes all away.
 set -euo pipefail
 here=$(realpath -m "$1")
@@ -19,6 +20,8 @@ done
 cores=$(($(nproc) > 2 ? $(nproc) : 2))
 declare -A address=([head]=10.91.7.1 [node1]=10.91.7.11 [node2]=10.91.7.12)
 mkdir -p "$here"/{state,log,pid,spool.node1,spool.node2}
+prefix=pt-$(od -A n -N 4 -t x4 /dev/urandom | tr -d ' ')
+echo "$prefix" > "$here/prefix"
 
 # Who they are to one another: a key that lives as long as the cluster.
 install -d -m 700 "$here/munge"
@@ -73,17 +76,17 @@ printf 'hosts: files\npasswd: files\ngroup: files\n' > "$here/nsswitch.conf"
 
 # One bridge in the namespace of the controller, and a cable from it to each node.
 for name in head node1 node2; do
-  ip netns add "pt-$name"
-  ip -n "pt-$name" link set lo up
+  ip netns add "$prefix-$name"
+  ip -n "$prefix-$name" link set lo up
 done
-ip -n pt-head link add hub type bridge
-ip -n pt-head address add "${address[head]}/24" dev hub
-ip -n pt-head link set hub up
+ip -n "$prefix-head" link add hub type bridge
+ip -n "$prefix-head" address add "${address[head]}/24" dev hub
+ip -n "$prefix-head" link set hub up
 for name in node1 node2; do
-  ip -n pt-head link add "to-$name" type veth peer name eth0 netns "pt-$name"
-  ip -n pt-head link set "to-$name" master hub up
-  ip -n "pt-$name" address add "${address[$name]}/24" dev eth0
-  ip -n "pt-$name" link set eth0 up
+  ip -n "$prefix-head" link add "to-$name" type veth peer name eth0 netns "$prefix-$name"
+  ip -n "$prefix-head" link set "to-$name" master hub up
+  ip -n "$prefix-$name" address add "${address[$name]}/24" dev eth0
+  ip -n "$prefix-$name" link set eth0 up
 done
 
 cat > "$here/on" <<'ON'
@@ -92,7 +95,7 @@ cat > "$here/on" <<'ON'
 export PT_NAME="$1" PT_HERE="$(dirname "$0")"
 shift
 export SLURM_CONF="$PT_HERE/slurm.conf"
-exec nsenter --net="/run/netns/pt-$PT_NAME" unshare --uts --mount sh -c '
+exec nsenter --net="/run/netns/$(cat "$PT_HERE/prefix")-$PT_NAME" unshare --uts --mount sh -c '
 hostname "$PT_NAME"
 for file in hosts nsswitch.conf; do mount --bind "$PT_HERE/$file" "/etc/$file"; done
 exec "$@"' sh "$@"
@@ -106,9 +109,10 @@ chmod +x "$here/on" "$here/slurmd"
 "$here/on" head slurmctld
 "$here/slurmd" node1
 "$here/slurmd" node2
-for _ in $(seq 300); do
+for _ in $(seq 900); do
   [ "$("$here/on" head sinfo --noheader --Node --partition=main --states=idle 2>/dev/null | wc -l)" = 2 ] && exit 0
   sleep 0.1
 done
-echo "the nodes did not come up; $here/log says why" >&2
+echo "the nodes did not come up:" >&2
+tail -n 20 "$here"/log/* >&2
 exit 1
