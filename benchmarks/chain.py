@@ -4,8 +4,9 @@
 
 Ours is one `posttrain run` of sft -> dpo -> eval. Theirs is `trl sft`, `trl dpo` on what it saved, and a plain script that scores
 the base, the first and the second model (heldout_loss.py): with TRL's defaults, and with the settings that are fastest here.
-The sweep is that chain for four values of beta: four runs of ours under one root, and, of theirs, one SFT and four times the rest.
-`ratio_chain` is their wall-clock seconds by ours, with their fastest settings; `sweep_cost` is what the four cost by what one does.
+The sweep is that chain for four values of beta: of ours one `posttrain run` with four dpo stages, from nothing; of theirs one SFT
+and four times the rest. `ratio_chain` is their wall-clock seconds by ours, with their fastest settings; `sweep_cost` is what the
+four cost by what one does.
 """
 
 import json
@@ -98,16 +99,17 @@ def main() -> None:
             drawn = choose(found, num_steps * GLOBAL_BATCH_SIZE + num_held_out, "; ".join(left_out))
             train[task], held_out[task] = drawn[num_held_out:], drawn[:num_held_out]
         chain = Chain(directory, model, train, held_out, num_steps, max_length, our_settings(arguments))
-        seconds: dict[str, list[list[float]]] = {name: [] for name in ("ours", *names)}
+        seconds: dict[str, list[tuple[float, float | None]]] = {name: [] for name in ("ours", *names)}
         metrics: dict[str, dict[str, float]] = {}
         for number in range(arguments.runs):
             round_started = time.monotonic()
-            # The last round goes on to the sweep; each beta of it is another `run`, or another training.
-            betas = BETAS if number + 1 == arguments.runs and has_sweep else BETAS[:1]
+            betas = BETAS if number + 1 == arguments.runs and has_sweep else BETAS[:1]  # the last round goes on to the sweep
             for name in seconds:
-                took, metrics[name] = run_ours(chain, betas) if name == "ours" else run_theirs(chain, THEIRS[name], betas)
-                seconds[name].append(took)
-                print(f"run {number + 1} of {arguments.runs}: {name}: {', '.join(f'{s:.1f}' for s in took)} s", flush=True)
+                one, four, metrics[name] = run_ours(chain, betas) if name == "ours" else run_theirs(chain, THEIRS[name], betas)
+                seconds[name].append((one, four))
+                print(
+                    f"run {number + 1} of {arguments.runs}: {name}: {one:.1f} s{f', four betas: {four:.1f} s' if four else ''}", flush=True
+                )
             if out_of_time(arguments, round_started, number):
                 left_out.append(f"runs {number + 2} to {arguments.runs} of each side, for want of time")
                 break
@@ -116,33 +118,39 @@ def main() -> None:
         write_figures(arguments.json, figures)
 
 
-def run_ours(chain: Chain, betas: Sequence[float]) -> tuple[list[float], dict[str, float]]:
-    """Seconds of `posttrain run` for each beta, all under one root, and the metrics of the first."""
+def run_ours(chain: Chain, betas: Sequence[float]) -> tuple[float, float | None, dict[str, float]]:
+    """Seconds of `posttrain run` for the first beta and for all, each from nothing, and the metrics of the first."""
+    one, metrics = run_once(chain, betas[:1])
+    return one, run_once(chain, betas)[0] if len(betas) > 1 else None, metrics
+
+
+def run_once(chain: Chain, betas: Sequence[float]) -> tuple[float, dict[str, float]]:
+    """Seconds of one `posttrain run` with a dpo stage for each beta, and the metrics of the first."""
     directory = fresh(chain, "ours")
     rows: dict[str, Any] = {}
     for task in chain.train:
         for part, examples in (("train", file_order(chain.train[task])), ("held_out", chain.held_out[task])):
             write_lines(directory / f"{task}_{part}.jsonl", [example.raw for example in examples])
             rows[f"{task}_{part}"] = {"data": str(directory / f"{task}_{part}.jsonl")}
-    stages: dict[str, Any] = {}
+    trained: dict[Task, dict[str, Any]] = {}
     for task, policy in (("sft", "base"), ("dpo", "sft")):
         bench = Bench(task, directory, chain.model, [], chain.num_steps, chain.max_length, LEARNING_RATES[task], chain.ours, None)
-        stages[task] = {"inputs": {"policy": policy, "data": f"{task}_train"}, **our_stage(bench)}
-    stages["eval"] = {"inputs": {"policies": ["base", "sft", "dpo"], "data": ["sft_held_out", "dpo_held_out"]}, "num_shown": 0}
-    config = {"run": "beta", "sources": {"base": {"model": str(chain.model)}, **rows}, "stages": stages}
+        trained[task] = {"inputs": {"policy": policy, "data": f"{task}_train"}, **our_stage(bench)}
+    tuned = {f"dpo_{number}" if number else "dpo": {**trained["dpo"], "stage": "dpo", "beta": beta} for number, beta in enumerate(betas)}
+    evaluation = {"inputs": {"policies": ["base", "sft", *tuned], "data": ["sft_held_out", "dpo_held_out"]}, "num_shown": 0}
+    stages = {"sft": trained["sft"], **tuned, "eval": evaluation}
+    config = {"run": "chain", "sources": {"base": {"model": str(chain.model)}, **rows}, "stages": stages}
     (directory / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
-    seconds = []
-    for beta in betas:
-        command = posttrain_command(directory / "config.yaml", directory / "runs", f"run=beta-{beta}", f"stages.dpo.beta={beta}")
-        seconds.append(run_measured(command, env=OFFLINE, log=directory / f"log_{beta}").wall_s)
-    report = read_artifact(directory / "runs" / f"beta-{betas[0]}" / "eval")
+    command = posttrain_command(directory / "config.yaml", directory / "runs")
+    seconds = run_measured(command, env=OFFLINE, log=directory / "log").wall_s
+    report = read_artifact(directory / "runs" / "chain" / "eval")
     assert report is not None, "a run that ends well has finished all its stages"
     shutil.rmtree(directory)
     return seconds, {name: value for name, value in report.metrics.items() if name.endswith(("nll", "preference accuracy"))}
 
 
-def run_theirs(chain: Chain, contender: Contender, betas: Sequence[float]) -> tuple[list[float], dict[str, float]]:
-    """Seconds of TRL's command line and of the script for each beta, SFT with the first, and the metrics of the first."""
+def run_theirs(chain: Chain, contender: Contender, betas: Sequence[float]) -> tuple[float, float | None, dict[str, float]]:
+    """Seconds of TRL's command line and of the script for the first beta, SFT with it, and for all, and the metrics of the first."""
     directory = fresh(chain, contender.name.replace(" ", "_"))
     for task, examples in chain.train.items():
         write_lines(directory / task / "train.jsonl", [example.text for example in ordered(examples, contender.is_sorted)])
@@ -162,10 +170,11 @@ def run_theirs(chain: Chain, contender: Contender, betas: Sequence[float]) -> tu
             [*script, "--rows", str(directory / "held_out.jsonl"), "--json", str(scored)], env=env, log=directory / f"log_score_{beta}"
         )
         seconds.append(time.monotonic() - started)
-    found = json.loads((directory / f"scored_{betas[0]}.json").read_text(encoding="utf-8"))
+    scores = json.loads((directory / f"scored_{betas[0]}.json").read_text(encoding="utf-8"))
     shutil.rmtree(directory)
-    metrics = zip(("base", "sft", "dpo"), found.values(), strict=True)
-    return seconds, {f"{policy}.{name}": value for policy, values in metrics for name, value in values.items()}
+    metrics = zip(("base", "sft", "dpo"), scores.values(), strict=True)
+    found = {f"{policy}.{name}": value for policy, values in metrics for name, value in values.items()}
+    return seconds[0], sum(seconds) if len(betas) > 1 else None, found
 
 
 def flags(chain: Chain, contender: Contender, directory: Path, task: Task) -> dict[str, Any]:
@@ -187,11 +196,11 @@ def fresh(chain: Chain, name: str) -> Path:
 
 
 def summarize(
-    chain: Chain, seconds: dict[str, list[list[float]]], metrics: dict[str, dict[str, float]], left_out: list[str]
+    chain: Chain, seconds: dict[str, list[tuple[float, float | None]]], metrics: dict[str, dict[str, float]], left_out: list[str]
 ) -> dict[str, Any]:
     """Medians and ratios; a figure that needs what was not run is None."""
     one = {name: statistics.median(run[0] for run in runs) for name, runs in seconds.items()}
-    four = {name: sum(runs[-1]) / runs[-1][0] if len(runs[-1]) > 1 else None for name, runs in seconds.items()}
+    four = {name: sweep / first if sweep is not None else None for name, runs in seconds.items() for first, sweep in runs[-1:]}
     theirs = {name: value for name, value in one.items() if name != "ours"}
     best = min(theirs, key=lambda name: theirs[name], default=None)
     return {
@@ -220,7 +229,7 @@ def print_figures(figures: dict[str, Any]) -> None:
     table = Table("side", "one chain, s", "to ours", "four betas, s", "by one", "dpo: nll", "dpo: preference accuracy")
     for name, one in figures["seconds"].items():
         last, cost, found = figures["runs"][name][-1], figures["sweep_costs"][name], figures["metrics"][name]
-        sweep = (f"{sum(last):.1f}", f"{cost:.2f}") if cost else ("-", "-")
+        sweep = (f"{last[1]:.1f}", f"{cost:.2f}") if cost else ("-", "-")
         scores = (f"{found['dpo.nll']:.4f}", f"{found['dpo.preference accuracy']:.3f}")
         table.add_row(name, f"{one:.1f}", f"{one / figures['seconds']['ours']:.2f}", *sweep, *scores)
     console.print(table)

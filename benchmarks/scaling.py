@@ -128,7 +128,7 @@ def by_length(directory: Path, model: Path, lengths: list[int]) -> list[dict[str
         bench = Bench("sft", directory, model, examples, STEPS, 2 * length, 2e-5, {"global_batch_size": 1}, None)
         (directory / str(length)).mkdir()
         run = run_ours(bench, Contender("ours", "ours", "fp32"), directory / str(length))
-        flops = 3 * examples[0].forward_flops(shape, conventional=False)
+        flops = 3 * examples[0].forward_flops(shape, conventional=False, has_head=True)
         seconds = statistics.median(run.step_s[1:])
         results.append({"num_tokens": examples[0].num_tokens, "step_s": seconds, "flops": flops, "flops_per_s": flops / seconds})
     return results
