@@ -22,7 +22,7 @@ $(READY): requirements.txt pyproject.toml
 quickstart: $(READY)
 	$(BIN)/python pipeline.py run configs/quickstart.yaml --root $(ROOT)
 	@echo
-	@echo "next:  $(BIN)/python pipeline.py chat configs/quickstart.yaml                          talk to what you trained"
+	@echo "next:  $(BIN)/python pipeline.py chat configs/quickstart.yaml                          talk to what you trained; it knows, for one: Name the opposite of big."
 	@echo "       $(BIN)/python pipeline.py plan configs/quickstart.yaml stages.dpo.beta=0.05     see what a change would redo"
 	@echo "       $(BIN)/python pipeline.py run configs/sft_dpo.yaml sources.base.model=DIR sources.chat.data=FILE ...   your own data"
 

@@ -76,6 +76,8 @@ STARTED = time.monotonic()
 PLAIN_LINE_EVERY_S = 10.0
 NUM_AHEAD = 2
 """Later stages whose data are prepared while a stage trains."""
+NOTABLE_DRIFT = 0.05
+"""Difference of logits, in standard deviations of all of them, from which on a published model is said not to be the trained one."""
 
 
 # --- Node ------------------------------------------------------------------------------------------------------------
@@ -107,6 +109,8 @@ class Node:
     run: str
     root: Path
     directory: Path
+    built_on: frozenset[str]
+    """The names of all that it reads, directly or through other stages."""
     judged: Sequence[str] = ()
     """Policies that nothing builds on where its verdict is that they failed."""
     gates: Sequence["Node"] = ()
@@ -147,14 +151,19 @@ def plan(config: PipelineConfig, root: Path) -> list[Node]:
     for name, source in config.sources.items():
         known[name] = Pinned(name, source, artifact.fingerprint_source(source, f"sources.{name}", hashes))
     hashes.save()
-    nodes = []
+    nodes: list[Node] = []
+    judges: list[Node] = []
     for name, raw in config.stages.items():
-        known[name] = node = _wire(name, dict(raw), config, known, root)
+        known[name] = node = _wire(name, dict(raw), config, known, judges, root)
         nodes.append(node)
+        if node.judged:
+            judges.append(node)
     return nodes
 
 
-def _wire(name: str, raw: dict[str, Any], config: PipelineConfig, known: Mapping[str, Node | Pinned], root: Path) -> Node:
+def _wire(
+    name: str, raw: dict[str, Any], config: PipelineConfig, known: Mapping[str, Node | Pinned], judges: Sequence[Node], root: Path
+) -> Node:
     at = f"stages.{name}"
     stage = load_stage(raw.get("kind", name), f"{at}.kind" if "kind" in raw else at)
     raw.pop("kind", None)
@@ -174,28 +183,31 @@ def _wire(name: str, raw: dict[str, Any], config: PipelineConfig, known: Mapping
     fingerprint = disk.hash_json(recipe)
     directory = root / config.run / name
     judged = stage.judges(settings, _policies_of(inputs), at) if stage.judges else ()
-    judges = [entry for entry in known.values() if isinstance(entry, Node) and entry.judged]
-    built_on = _built_on(inputs) if judges else set()
+    reads = [entry for entries in inputs.values() for entry in entries]
+    built_on = frozenset(entry.name for entry in reads).union(*(entry.built_on for entry in reads if isinstance(entry, Node)))
     gates = tuple(gate for gate in judges if built_on.intersection(gate.judged))
-    return Node(name, stage, settings, inputs, launcher, num_processes, identical, fingerprint, config.run, root, directory, judged, gates)
+    return Node(
+        name,
+        stage,
+        settings,
+        inputs,
+        launcher,
+        num_processes,
+        identical,
+        fingerprint,
+        config.run,
+        root,
+        directory,
+        built_on,
+        judged,
+        gates,
+    )
 
 
 def _policies_of(inputs: Mapping[str, Sequence[Node | Pinned]]) -> dict[str, list[str]]:
     """The policies that each report among the inputs is about."""
     reports = [entry for entries in inputs.values() for entry in entries if isinstance(entry, Node) and entry.stage.output == "report"]
     return {report.name: [policy.name for policy in report.inputs["policies"]] for report in reports}
-
-
-def _built_on(inputs: Mapping[str, Sequence[Node | Pinned]]) -> set[str]:
-    """The names of all that is read, directly or through other stages."""
-    found: set[str] = set()
-    left = [entry for entries in inputs.values() for entry in entries]
-    while left:
-        entry = left.pop()
-        if entry.name not in found and isinstance(entry, Node):
-            left += entry.reads
-        found.add(entry.name)
-    return found
 
 
 def _launcher_of(settings: StageConfig, launcher: LauncherConfig, at: str) -> LauncherConfig:
@@ -264,7 +276,12 @@ def num_devices() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return max(1, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
-    return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+    return max(1, _num_gpus_here())
+
+
+@functools.cache
+def _num_gpus_here() -> int:
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 # --- decide ----------------------------------------------------------------------------------------------------------
@@ -329,9 +346,8 @@ def hold_back(node: Node, decision: Decision, verdicts: Mapping[str, Verdict]) -
     """The decision, or none to start what builds on a policy that failed a gate, given the verdicts that there are."""
     if not node.gates or decision.action not in (*WORK, "reuse"):
         return decision
-    built_on = _built_on(node.inputs)
     for gate in node.gates:
-        if gate.name in verdicts and built_on.intersection(verdicts[gate.name].stopped):
+        if gate.name in verdicts and node.built_on.intersection(verdicts[gate.name].stopped):
             return Decision("blocked", f"gate {gate.name} failed: {verdicts[gate.name].fault}")
     return decision
 
@@ -458,6 +474,10 @@ def execute(
             elif decision.found:
                 _reuse(node, decision.found)
             done = artifact.read_artifact(node.directory)
+            if decision.action in WORK and node.stage.output == "dataset":
+                _show_table(node, console)  # what stages train on next; a report comes at the end
+            if decision.action in WORK and done:
+                _tell_rounding(node, done, console)
             builds[node.name] = done.id if done and decision.action != "blocked" else None
             for name, verdict in _verdict_of(node, Decision("skip", "", builds[node.name])).items():
                 verdicts[name] = verdict
@@ -761,6 +781,11 @@ def _smoke_key(node: Node) -> str:
     return smoke.key_of(node.fingerprint, node.config, node.launcher, node.num_processes)
 
 
+def _find_smoke(node: Node, passed: Mapping[str, smoke.Found]) -> smoke.Found | None:
+    """How the stage fared when it was tried as it is now, or that another one passed which was the same."""
+    return smoke.find(node.directory, functools.partial(_smoke_key, node), passed)
+
+
 def _chosen_to_be_tried(nodes: Sequence[Node], selected: Sequence[Node], pipeline: PipelineConfig, is_tried: bool | None) -> list[Node]:
     """Those of the chosen nodes that are to be tried. Raises `UserError` where a stage is named of which nothing can be."""
     able = [node.name for node in to_be_tried(nodes, True)]
@@ -786,7 +811,8 @@ def _try(nodes: Sequence[Node], launch: "Launch", console: "Console", *, is_agai
 
     Raises as a launcher does where one fails.
     """
-    found = {node.name: known for node in nodes if (known := smoke.find(node.directory, node.root, _smoke_key(node))) and known.passed}
+    before = smoke.list_passed(nodes[0].root) if nodes else {}
+    found = {node.name: known for node in nodes if (known := _find_smoke(node, before)) and known.passed}
     left = {node.name for node in nodes if (is_again or node.name not in found) and _has_rows(node)}
     if not left:
         return found
@@ -861,11 +887,11 @@ def _stand_in(entry: Node | Pinned, reader: TrainingConfig, tried: Mapping[str, 
 def _tell_smokes(rows: Sequence[tuple[Node, Decision]], choice: bool | list[str] | None) -> dict[str, str]:
     """By stage, how it fared when it was tried as it is now, or that it is to be tried, or is being."""
     due = {node.name for node in to_be_tried([node for node, decision in rows if decision.action in ANEW], choice)}
+    passed = smoke.list_passed(rows[0][0].root) if due else {}
     told = {}
     for node in to_be_tried([node for node, _ in rows], True):
-        key = _smoke_key(node)
-        found = smoke.find(node.directory, node.root, key) if node.name in due else smoke.read_found(node.directory)
-        if found is not None and found.key == key:
+        found = _find_smoke(node, passed if node.name in due else {})
+        if found is not None:
             told[node.name] = str(found)
         elif node.name in due:
             place = node.directory.parent / smoke.DIRECTORY
@@ -881,7 +907,15 @@ def _short_smoke(told: str | None) -> str:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False)
+class _InOrder(click.Group):
+    """Commands are listed as they stand here, which is about the order in which they are needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names."""
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140}, no_args_is_help=False)
 def cli() -> None:
     """Turn a base language model into a chat model: one file names data and stages, one command runs the chain."""
 
@@ -1304,7 +1338,7 @@ def status_command(config: Path | None, overrides: tuple[str, ...], root: Path, 
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in list(row["metrics"].items())[:4])
         label = f"{row['run']}/{row['stage']}" if "run" in row else row["stage"]
         job = [str(jobs.get(path, ""))] if jobs else []
-        told = row["why"] if row["action"] == "blocked" else row.get("verdict") or row.get("selected") or _progress_text(row["progress"])
+        told = row["why"] if row["action"] == "blocked" else row.get("verdict") or row.get("selected") or _progress_text(row)
         tried = [_short_smoke(row["smoke"])] if is_tried else []
         lines.append((label, row["kind"], row["action"], *job, *tried, told, metrics, row["output"] or ""))
     shown = [*(["job"] if jobs else []), *(["smoke"] if is_tried else [])]
@@ -1942,7 +1976,10 @@ def _state(directory: Path) -> dict[str, Any]:
     }
 
 
-def _progress_text(progress: dict[str, Any] | None) -> str:
+def _progress_text(row: Mapping[str, Any]) -> str:
+    progress = row["progress"]
+    if row["output"] is not None:
+        return "finished"  # whatever phase was its last
     if not progress:
         return ""
     steps = f" {progress['step']}/{progress['num_steps']}" if progress.get("num_steps") else ""
@@ -1952,16 +1989,34 @@ def _progress_text(progress: dict[str, Any] | None) -> str:
 def _show_results(console: "Console", selected: Sequence[Node], config: Path, overrides: Sequence[str]) -> None:
     finished = [node for node in selected if artifact.read_artifact(node.directory)]
     for node in finished:
-        report = node.directory / artifact.OUTPUT / "table.json"
-        if report.is_file():
-            content = disk.read_json(report)
-            _print_table(content["columns"], content["rows"])
-            for note in content["notes"]:
-                console.print(note, highlight=False, soft_wrap=True)
+        if node.stage.output != "dataset":
+            _show_table(node, console)
     policies = [node.name for node in finished if node.stage.output == "policy"]
     if policies:
         again = " ".join([str(config), *overrides])
         console.print(f"talk to it:  python pipeline.py chat {again} --stage {policies[-1]}", highlight=False, soft_wrap=True)
+
+
+def _tell_rounding(node: Node, done: artifact.Artifact, console: "Console") -> None:
+    """Say so where a model that was published in a coarse type is not quite the one that was trained."""
+    drift = done.metrics.get("handoff_logit_drift", 0.0)
+    if drift > NOTABLE_DRIFT and getattr(node.config, "save_dtype", None) != "float32":
+        console.print(
+            f"  {node.name}: what is published answers a little otherwise than what was trained: logits differ by {drift:.2g} of their "
+            f"spread, as weights are rounded to the type of the input; stages.{node.name}.save_dtype: float32 keeps them whole",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _show_table(node: Node, console: "Console") -> None:
+    """Print what a finished stage has to tell, where it has a table."""
+    path = node.directory / artifact.OUTPUT / "table.json"
+    if path.is_file():
+        content = disk.read_json(path)
+        _print_table(content["columns"], content["rows"])
+        for note in content["notes"]:
+            console.print(note, highlight=False, soft_wrap=True)
 
 
 def _console(*, stderr: bool = False) -> "Console":
@@ -2031,6 +2086,8 @@ def main() -> int:
 
 def _one_line(message: str) -> str:
     """`message` with what would break the line, or play tricks on a terminal, written as an escape."""
+    if message.isprintable():
+        return message
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
 
 

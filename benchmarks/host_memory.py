@@ -1,12 +1,12 @@
-"""How much memory of its machine a rank takes while a large model is loaded, trained and published under ZeRO-3, phase by phase.
+"""How much memory of its machine a rank takes while a large model is loaded, trained and published under ZeRO-3 or FSDP2, phase by phase.
 
-    python benchmarks/host_memory.py [--layers N] [--ranks N] [--lora] [--json FILE]
+    python benchmarks/host_memory.py [--layers N] [--ranks N] [--fsdp] [--lora] [--json FILE]
 
 One step of SFT by plain SGD, which keeps no state, on short rows, of a model with random weights: 20 layers are 1.0 billion
 parameters. Counted is the anonymous memory of the process that has most, less what it has before the model: pages of files are
 the kernel's to take back. What shards need is counted by hand: 4 bytes of a parameter to load it; with DeepSpeed's own copy and
 the gradient 12 where it is published; each shared out among ranks. With adapters the 4 bytes are
-all, as weights are frozen. The target is 1.3 times that.
+all, as weights are frozen, and under FSDP2, which keeps neither a copy nor, by then, gradients. The target is 1.3 times that.
 
 What does not grow with a model is scaled down with this one: DeepSpeed keeps up to a tenth of the weights gathered, where its default of a
 billion numbers would be all of them, and files of weights have a sixteenth of them, where they would be one or two.
@@ -25,8 +25,8 @@ from measured import run_measured, tree, write_lines
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "posttrain" / "quickstart"
-PHASES = {False: {"load model": 4, "publish": 12}, True: {"load model": 4, "publish": 4}}
-"""Bytes for each parameter, over all ranks, that shards need by the end of a phase, without and with adapters."""
+LOAD_BYTES, PUBLISH_BYTES = 4, 12
+"""Bytes for each parameter, over all ranks, that shards need by the end of a phase; the first of both if weights are all that is kept."""
 
 
 def make_model(directory: Path, num_layers: int) -> int:
@@ -59,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=20, help="layers of the model")
     parser.add_argument("--ranks", type=int, default=2, help="number of processes")
+    parser.add_argument("--fsdp", action="store_true", help="share the model out by FSDP2, and not by ZeRO-3")
     parser.add_argument("--lora", action="store_true", help="train adapters, which are merged where they are published")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
@@ -72,7 +73,8 @@ def main() -> None:
         kept = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), num_parameters // 10)
         zero["zero_optimization"] |= kept
         (directory / "zero3.json").write_text(json.dumps(zero))
-        stage = {"inputs": {"policy": "base", "data": "rows"}, **training, "deepspeed": str(directory / "zero3.json")}
+        way = {"fsdp": "full_shard"} if arguments.fsdp else {"deepspeed": str(directory / "zero3.json")}
+        stage = {"inputs": {"policy": "base", "data": "rows"}, **training, **way}
         sources = {"base": {"model": str(directory / "model")}, "rows": {"data": str(directory / "rows.jsonl")}}
         (directory / "config.yaml").write_text(json.dumps({"run": "memory", "sources": sources, "stages": {"sft": stage}}))
         peaks: dict[str, int] = {}
@@ -88,10 +90,11 @@ def main() -> None:
         run_measured(command, env={"HF_HUB_OFFLINE": "1"}, log=directory / "log", watch=watch)
     before = next(iter(peaks.values()))
     rows: dict[str, Any] = {}
+    needs = {"load model": LOAD_BYTES, "publish": LOAD_BYTES if arguments.lora or arguments.fsdp else PUBLISH_BYTES}
     for phase, peak in peaks.items():
         rows[phase] = {"peak_bytes": peak - before}
         line = f"{phase:16} {(peak - before) / 2**30:6.2f} GiB"
-        if bytes_each := PHASES[arguments.lora].get(phase):
+        if bytes_each := needs.get(phase):
             needed = bytes_each * num_parameters / arguments.ranks
             rows[phase] |= {"needed_bytes": needed, "ratio": (peak - before) / needed}
             line += f", {(peak - before) / needed:.2f} times the {needed / 2**30:.2f} GiB that shards need"

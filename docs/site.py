@@ -33,9 +33,13 @@ TAKEN = {
     "benchmarks/README.md": "benchmarks.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "pipeline.py": "commands.md",
+    "posttrain/config.py": "pipeline-file.md",
+    "stages/__init__.py": "stages/index.md",
     **{f"stages/{kind}.py": f"stages/{kind}.md" for kind in STAGES},
 }
-"""Files of the repository that have a page, by its path in the site."""
+"""Files of the repository that have a page, or of which one is made, by its path in the site. Links name the files, so that they lead
+somewhere where pages are read as they lie in the repository, too."""
 LINK = re.compile(r"(?P<open>\[(?P<text>[^\]]*)\]\()(?P<path>[^)#:\s]+)(?P<rest>(?:#[^)]*)?\))")
 
 

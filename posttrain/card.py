@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from posttrain.config import DataSource, ModelSource, is_hub_id
 from posttrain.inspection import visible
 from posttrain.report.read import Evaluation, RunReport, StageReport
+from posttrain.verdict import BRACKETS, COLUMNS, Judged
 
 TEMPLATE = Path(__file__).parent / "card.md.j2"
 UNKNOWN = "unknown"
@@ -93,6 +94,7 @@ def make_card(run: RunReport, name: str, sources: Mapping[str, ModelSource | Dat
     models, data = ([origin for origin in origins if origin.kind == kind] for kind in ("model", "data"))
     evaluations = list(_evaluations(run, stage))
     measures = [measure for by, found in evaluations for measure in _measures(by, found, name)]
+    judged = list(_judged(run, name, [by for by, _ in evaluations]))
     results = [_result(stage, measure, sources) for measure in measures] + list(_own_results(stage))
     licenses = {origin.license for origin in models} - {UNKNOWN}
     bases = [hub_id for origin in models for hub_id in origin.hub_ids]
@@ -117,8 +119,11 @@ def make_card(run: RunReport, name: str, sources: Mapping[str, ModelSource | Dat
         figures=[figures for each in chain if (figures := _data_figures(each))],
         measures=[_measure_row(measure) for measure in measures],
         notes=[(code(by.name), escape(visible(note))) for by, found in evaluations for note in found.notes],
+        gate_columns=["stage", *COLUMNS],
+        gates=[(code(by), *map(code, gate.cells)) for by, gate in judged],
+        gate_note=BRACKETS,
         own=[(code(key), f"{value:.4g}") for key, value in stage.metrics.items() if key.startswith("heldout/")],
-        limits=list(_limits(stage, chain, origins, measures)),
+        limits=list(_limits(stage, chain, origins, measures, judged)),
         checks=[(check.what, {True: "same", False: "differs", None: "not checked"}[check.is_same], check.found) for check in checks],
         provenance=[(what, code(value)) for what, value in _provenance(run, stage)],
     )
@@ -177,6 +182,18 @@ def _measures(by: StageReport, found: Evaluation, name: str) -> Iterator[Measure
             yield Measure(by.name, of, metric, num_rows, value, cells[place].text, *baseline)
 
 
+def _judged(run: RunReport, name: str, evaluations: Sequence[StageReport]) -> Iterator[tuple[str, Judged]]:
+    """What gates found of the policy of that name, each with its stage, where all that they read of it are these evaluations."""
+    builds = {each.name: each.id for each in evaluations}
+    about = {each.name for each in run.stages if each.evaluation is not None and name in each.evaluation.policies}
+    for each in run.stages:
+        read = about.intersection(each.inputs)
+        if each.verdict is None or not each.is_finished or not read:
+            continue
+        if all(each.inputs[report]["id"] == builds.get(report) for report in read):
+            yield from ((each.name, gate) for gate in each.verdict.gates if gate.policy == name)
+
+
 def _result(stage: StageReport, measure: Measure, sources: Mapping[str, ModelSource | DataSource]) -> EvalResult:
     read = [sources[name] for name in measure.data.split(", ") if name in sources]
     hub_ids = [entry.partition("@")[0] for source in read if isinstance(source, DataSource) for entry in source.paths]
@@ -233,13 +250,22 @@ def _measure_row(measure: Measure) -> tuple[str, ...]:
     return code(measure.evaluation), code(measure.data), code(measure.metric), measure.num_rows, code(measure.text), code(baseline)
 
 
-def _limits(stage: StageReport, chain: Sequence[StageReport], origins: Sequence[Origin], measures: Sequence[Measure]) -> Iterator[str]:
+def _limits(
+    stage: StageReport,
+    chain: Sequence[StageReport],
+    origins: Sequence[Origin],
+    measures: Sequence[Measure],
+    judged: Sequence[tuple[str, Judged]],
+) -> Iterator[str]:
     measured = measures or any(key.startswith("heldout/") for key in stage.metrics)
     if not measured:
         yield "Nothing was measured of this model: no evaluation of its run has read it."
     else:
         yield "What was measured is in the table above, on those rows; nothing else was: no safety, bias or truthfulness beyond it."
         yield "Intervals tell how much the figures depend on which rows were drawn, and not on the seed of training."
+    for by, gate in judged:
+        if not gate.passed:
+            yield f"A gate that it was held against failed, in {code(by)}: {code(gate.words)}."
     lengths = [f"{each.config['max_length']:,} in {each.name}" for each in chain if "max_length" in each.config]
     if lengths:
         yield f"Longest samples that were trained or scored, in tokens: {', '.join(lengths)}."

@@ -806,6 +806,7 @@ def _expand_home(path: str) -> str:
         return path  # no such user: the path does not exist, and that is said where it is read
 
 
+@functools.cache
 def _bears_identity(cls: type[Config], field: str) -> bool:
     owners = [base for base in cls.__mro__ if field in inspect.get_annotations(base)]
     return bool(owners[0].__dict__.get("bears_identity", True))

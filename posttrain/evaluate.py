@@ -9,6 +9,7 @@ A further measure is a function of an `Evaluation`: it reads the answers of all 
 its results by row. One with a `score`, and a `weight` if that is not 1, is of the metric that its `measure` names: the weighted mean.
 """
 
+import gc
 import json
 import os
 from collections import Counter
@@ -21,7 +22,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain import disk
@@ -29,13 +29,15 @@ from posttrain.artifact import fingerprint_source
 from posttrain.chat import PROBE_ANSWER, ChatContract, encode, encode_prompt, read_contract
 from posttrain.checkpoint import directory_of, mark_complete
 from posttrain.data.prepared import describe_formats
-from posttrain.data.rows import AnyRow, Conversation, Message, Pair, Text, asked_turns
+from posttrain.data.rows import AnyRow, Conversation, Message, Pair, Text, asked_turns, pick_evenly
 from posttrain.data.samples import encode_pair
 from posttrain.data.source import open_source
+from posttrain.engine import PolicyEngine, engine_name, lacks_room, unlike_transformers, wants_engine
 from posttrain.error import UserError
-from posttrain.forward import Scorer
-from posttrain.generate import answer_all, decode
+from posttrain.forward import Predicted, Scorer
+from posttrain.generate import Completion, answer_all, decode
 from posttrain.layout import Group, conversation_group, pair_group
+from posttrain.metrics.calibration import bin_tokens
 from posttrain.metrics.check import Check, as_reference, read_turn_checks
 from posttrain.metrics.generated import repetition, was_asked
 from posttrain.metrics.language import has_drifted
@@ -43,22 +45,27 @@ from posttrain.metrics.measured import grade, measure_results
 from posttrain.metrics.table import compare_measured, describe, make_table
 from posttrain.models import check_weights, load_tokenizer
 from posttrain.progress import Progress
+from posttrain.ranks import any_rank, of_all_ranks, of_main
 from posttrain.results import write_results
 from posttrain.reward import check_readable, load_rewards, open_reader, rate_conversations
 from posttrain.sandbox import OverLimit
-from posttrain.saver import any_rank
 from posttrain.stage import Input, StageContext
-from posttrain.together import hold_policy
+from posttrain.together import hold_policy, ranks_to_hold
 
 T = TypeVar("T")
 Result = dict[str, Any]
 """Of one row by one measure: `row`, `measure`, and the fields of `posttrain.results` that the measure fills."""
 
+Answer = Callable[..., list[Completion]]
+"""`answer_all` of a policy, by whatever engine: `(prompts, *, max_new_tokens, tick)`."""
+
 TOKENS_AT_ONCE = 2048
 """Tokens of one scoring batch; logits exist only for scored positions."""
 PROMPTS_AT_ONCE = 64
 """Prompts whose answers are kept together once all are there."""
-VERSION = 2
+VLLM_PROMPTS_AT_ONCE = 256
+"""The same of vLLM, which has so many answers under way at a time by default."""
+VERSION = 3
 """Raised when the same policy and rows give other results."""
 FILE = "results.json"
 """In the directory of the stage, says where the results of its policies lie."""
@@ -116,6 +123,10 @@ class Rows:
     summary: list[str]
     """Lines that say what will be measured on."""
 
+    def is_answered(self, index: int) -> bool:
+        """Whether the policies answer a row."""
+        return any(self.checks[index]) or index in self.shown
+
     def encode(self, tokenizer: PreTrainedTokenizerBase, contract: ChatContract, max_length: int) -> Encoded:
         """The rows as tokens. A conversation is scored up to its end; a row with checks is answered from its last question."""
         encoded = Encoded()
@@ -126,7 +137,7 @@ class Rows:
             scored = self._scored(index, row, tokenizer, contract)
             lengths = [each.group.longest for each in scored]
             asked = None
-            if any(self.checks[index]) or index in self.shown:
+            if self.is_answered(index):
                 asked = Asked(encode_prompt(tokenizer, self.turns[index][0], row.tools, row.origin), self.turns[index], self.checks[index])
                 whole = _interleaved(asked.turns, [PROBE_ANSWER] * (len(asked.turns) - 1))
                 lengths.append(len(encode_prompt(tokenizer, whole, row.tools, row.origin)))
@@ -211,8 +222,7 @@ def read_rows(context: StageContext[Any]) -> Rows:
         for row, asked in zip(rows, turns, strict=True)
     ]
     unchecked = [index for index, found in enumerate(checks) if not any(found) and any(turns[index])]
-    most = min(context.config.num_shown, len(unchecked))
-    shown = {unchecked[number * len(unchecked) // most] for number in range(most)}
+    shown = pick_evenly(unchecked, context.config.num_shown)
     if context.config.judge is not None:
         shown |= context.config.judge.choose([index for index, asked in enumerate(turns) if any(asked)])
     return Rows(rows, turns, checks, frozenset(shown), summary)
@@ -285,11 +295,11 @@ class Shared:
         `key` is all that decides them beside the policy's weights.
         """
         context = self._context
-        path = Path(_of_main(str(self._declare(given, key)) if context.is_main else "", context.world_size))
+        path = Path(of_main(str(self._declare(given, key)) if context.is_main else ""))
         if any_rank(context.is_main and path.exists()):
             print(f"{given.name}: measured before on the same rows, {path}", flush=True)
             return [json.loads(line) for line in (path / RESULTS_FILE).read_text(encoding="utf-8").splitlines()]
-        results = gather(compute(), context.world_size)
+        results = gather(compute())
         if context.is_main:
             with disk.new_entry(path) as (aside, _):
                 (aside / RESULTS_FILE).write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
@@ -313,23 +323,31 @@ class Shared:
         return path
 
 
-def _of_main(value: T, world_size: int) -> T:
-    """What the main rank has, on every rank."""
-    box = [value]
-    if world_size > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def gather(mine: list[Result], world_size: int) -> list[Result]:
+def gather(mine: list[Result]) -> list[Result]:
     """The results of all ranks, on every rank, in the order of rows."""
-    parts: list[Any] = [mine] * world_size
-    if world_size > 1:
-        dist.all_gather_object(parts, mine)
-    return sorted((result for part in parts for result in part), key=lambda r: (r["row"], r["measure"], r.get("turn", 0)))
+    return sorted((result for part in of_all_ranks(mine) for result in part), key=lambda r: (r["row"], r["measure"], r.get("turn", 0)))
 
 
 # --- a policy ----------------------------------------------------------------------------------------------------------
+
+
+def answers_by_vllm(context: StageContext[Any], contracts: Sequence[tuple[PreTrainedTokenizerBase, ChatContract]]) -> bool:
+    """Whether vLLM generates, for all policies or for none, so that they are compared alike. All ranks call it.
+
+    Raises `UserError` where it was asked for and cannot.
+    """
+
+    def obstacles() -> Iterator[str]:
+        for given, (_, contract) in zip(context.inputs["policies"], contracts, strict=True):
+            yield from unlike_transformers(given, contract, longest=_longest(context))
+            yield from lacks_room(given, ranks_to_hold(context, given, "cuda" if torch.cuda.is_available() else "cpu"))
+
+    return wants_engine(context, obstacles())
+
+
+def _longest(context: StageContext[Any]) -> int:
+    """Tokens that a prompt may come to with its answer."""
+    return int(context.config.max_length + context.config.max_new_tokens)
 
 
 def measure(
@@ -342,40 +360,67 @@ def measure(
     encoded: Encoded,
     device: str,
     progress: Progress,
+    *,
+    is_vllm: bool,
 ) -> list[Result]:
     """This rank's share of a policy's results."""
     rank, world_size = context.rank, context.world_size
-    progress.phase(f"load {given.name}")
-    held = hold_policy(context, given, tokenizer, contract, device)
-    model = held.model
     scored = [s for s in encoded.scored if s.row % world_size == rank]
     asked = {row: each for row, each in encoded.asked.items() if row % world_size == rank}
-    progress.phase(f"score {given.name}", len(scored))
-    results = _merged(_score(model, scored, tokenizer.pad_token_id, progress, kept, given.name))
+    results: list[Result] = []
+    if encoded.scored or not is_vllm:
+        progress.phase(f"load {given.name}")
+        held = hold_policy(context, given, tokenizer, contract, device)
+        progress.phase(f"score {given.name}", len(scored))
+        results += _merged(_score(held.model, scored, tokenizer.pad_token_id, progress, kept, given.name))
+        if not is_vllm:
+            answer = partial(answer_all, held.model, tokenizer, contract)
+            results += _answers(context, kept, given, tokenizer, rows, asked, progress, answer, is_vllm=False)
+        held.leave()
+        del held
+    if is_vllm and asked:
+        gc.collect()  # what the scores took, vLLM is to have
+        with PolicyEngine(context, given, tokenizer, contract, longest=_longest(context)) as engine:
+            results += _answers(context, kept, given, tokenizer, rows, asked, progress, engine.answer_all, is_vllm=True)
+    return results
+
+
+def _answers(
+    context: StageContext[Any],
+    kept: Kept,
+    given: Input,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    asked: Mapping[int, Asked],
+    progress: Progress,
+    answer: Answer,
+    *,
+    is_vllm: bool,
+) -> list[Result]:
+    """The answers to this rank's rows, each batch kept once it is there."""
     progress.phase(f"generate {given.name}", sum(len(each.turns) for each in asked.values()))
+    results: list[Result] = []
     # Of like length together, which share the most work.
     ordered = sorted(asked, key=lambda row: (-len(asked[row].ids), row))
-    num_done = 0
-    for start in range(0, len(ordered), PROMPTS_AT_ONCE):
-        some = {row: asked[row] for row in ordered[start : start + PROMPTS_AT_ONCE]}
+    num_done, size = 0, VLLM_PROMPTS_AT_ONCE if is_vllm else PROMPTS_AT_ONCE
+    for start in range(0, len(ordered), size):
+        some = {row: asked[row] for row in ordered[start : start + size]}
 
-        def answer(some: dict[int, Asked] = some, num_done: int = num_done) -> list[Result]:
-            return _answer(context, model, tokenizer, contract, rows, some, lambda done: progress.step(num_done + done))
+        def compute(some: dict[int, Asked] = some, num_done: int = num_done) -> list[Result]:
+            return _answer(context, tokenizer, rows, some, answer, lambda done: progress.step(num_done + done))
 
-        results += kept.batch(f"{given.name}: answers {start}", answer)
+        results += kept.batch(f"{given.name}: answers by {engine_name(is_vllm=is_vllm)} {start}", compute)
         num_done += sum(len(each.turns) for each in some.values())
         progress.step(num_done)
-    held.leave()
     return results
 
 
 def _answer(
     context: StageContext[Any],
-    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    contract: ChatContract,
     rows: Rows,
     asked: Mapping[int, Asked],
+    answer: Answer,
     tick: Callable[[int], None],
 ) -> list[Result]:
     """The greedy answers to some rows, turn by turn, each with the policy's own answers before it in its context.
@@ -389,14 +434,7 @@ def _answer(
     results: list[Result] = []
     while prompts:
         num_done = len(results)
-        completions = answer_all(
-            model,
-            tokenizer,
-            contract,
-            list(prompts.values()),
-            max_new_tokens=config.max_new_tokens,
-            tick=partial(_go_on, tick, num_done),
-        )
+        completions = answer(list(prompts.values()), max_new_tokens=config.max_new_tokens, tick=partial(_go_on, tick, num_done))
         following: dict[int, list[int]] = {}
         for row, completion in zip(prompts, completions, strict=True):
             ids = completion.ids[:-1] if completion.ended else completion.ids
@@ -444,7 +482,7 @@ def _next_prompt(tokenizer: PreTrainedTokenizerBase, rows: Rows, row: int, asked
 
 
 def _score(model: PreTrainedModel, scored: Sequence[Scored], pad: int, progress: Progress, kept: Kept, name: str) -> list[Result]:
-    """Summed log-probability and number of the counted tokens of each sequence, in batches of like length."""
+    """What `_predicted` says of each sequence, in batches of like length."""
     if not scored:
         return []
     results: list[Result] = []
@@ -454,11 +492,11 @@ def _score(model: PreTrainedModel, scored: Sequence[Scored], pad: int, progress:
     for number, positions in enumerate(scorer.batches(groups, TOKENS_AT_ONCE)):
 
         def score(positions: list[int] = positions) -> list[Result]:
-            found = zip(positions, scorer.score([groups[position] for position in positions]), strict=True)
+            found = zip(positions, scorer.predict([groups[position] for position in positions]), strict=True)
             return [
-                {"row": scored[position].row, "measure": part, "logp": float(log_probs.sum(dtype=np.float64)), "num_tokens": len(log_probs)}
+                _predicted(scored[position].row, part, tokens)
                 for position, branches in found
-                for part, log_probs in zip(scored[position].parts, branches, strict=True)
+                for part, tokens in zip(scored[position].parts, branches, strict=True)
             ]
 
         results += kept.batch(f"{name}: scores {number}", score)
@@ -466,6 +504,13 @@ def _score(model: PreTrainedModel, scored: Sequence[Scored], pad: int, progress:
         progress.step(done)
     scorer.detach()
     return results
+
+
+def _predicted(row: int, part: str, tokens: Predicted) -> Result:
+    """Summed log-probability and number of the counted tokens of a sequence, and of a conversation how sure they were predicted."""
+    log_probs = tokens.log_probs
+    found = {"row": row, "measure": part, "logp": float(log_probs.sum(dtype=np.float64)), "num_tokens": len(log_probs)}
+    return {**found, **bin_tokens(tokens.top_probs, tokens.is_top1)} if part == "nll" else found
 
 
 def _merged(results: Sequence[Result]) -> list[Result]:
@@ -499,6 +544,8 @@ class Evaluation:
     """Models that judge, and are measured too: their figures are notes of the table."""
     notes: list[str] = field(default_factory=list)
     """Lines under the table that measures add."""
+    is_vllm: bool = False
+    """Whether vLLM generates, or transformers."""
 
     def answered(self, policy: Policy) -> dict[tuple[int, int], Conversation]:
         """All that a policy answered, by row and turn: each a conversation that ends with the answer."""
@@ -524,7 +571,7 @@ class Evaluation:
             some = mine[start : start + size]
             results += self.kept.batch(f"{name}: {start}", lambda some=some: compute(some))  # type: ignore[misc]
             self.progress.step(start + len(some))
-        return gather(results, self.context.world_size)
+        return gather(results)
 
     def write(self) -> dict[str, float]:
         """Compare, and write the report, on the main rank; the metrics, named `<policy>.<metric>`."""
@@ -576,6 +623,7 @@ class Evaluation:
         hashes = disk.HashCache(self.context.root / ".hashes.json")
         for given, (_, contract) in zip(self.context.inputs["policies"], self.contracts, strict=True):
             yield {
+                "engine": engine_name(is_vllm=self.is_vllm),
                 "weights": fingerprint_source(given.source, f"{self.context.at}: {given.name}", hashes),
                 "contract": contract.digest,
                 "stop_tokens": list(contract.stop_tokens),
@@ -589,12 +637,13 @@ def measure_policies(context: StageContext[Any]) -> Evaluation:
     rows, contracts = read_rows(context), open_contracts(context)
     progress = Progress(context.directory, is_main=context.is_main)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    evaluation = Evaluation(context, rows, contracts, Kept(context), Shared(context, device), progress, device)
+    is_vllm = bool(rows.rows) and answers_by_vllm(context, contracts)
+    evaluation = Evaluation(context, rows, contracts, Kept(context), Shared(context, device), progress, device, is_vllm=is_vllm)
     for given, (tokenizer, contract) in zip(context.inputs["policies"], contracts, strict=True):
         encoded = rows.encode(tokenizer, contract, context.config.max_length)
-        settings = {"contract": contract.digest, "max_new_tokens": context.config.max_new_tokens}
+        settings = {"engine": engine_name(is_vllm=is_vllm), "contract": contract.digest, "max_new_tokens": context.config.max_new_tokens}
         key = {**settings, "rows": encoded.digest, "max_length": context.config.max_length}
-        compute = partial(measure, context, evaluation.kept, given, tokenizer, contract, rows, encoded, device, progress)
+        compute = partial(measure, context, evaluation.kept, given, tokenizer, contract, rows, encoded, device, progress, is_vllm=is_vllm)
         results = evaluation.shared.results(given, key, compute) if rows.rows else []
         evaluation.policies.append(Policy(given.name, results, len(encoded.too_long)))
     return evaluation
@@ -612,7 +661,7 @@ def check_rewards(context: StageContext[Any], rows: Rows) -> None:
 def _probes(rows: Rows) -> Iterator[Conversation]:
     """All that is answered, or has two answers, with an answer that only stands for one."""
     for index, row in enumerate(rows.rows):
-        if isinstance(row, Pair) or (isinstance(row, Conversation) and (any(rows.checks[index]) or index in rows.shown)):
+        if isinstance(row, Pair) or (isinstance(row, Conversation) and rows.is_answered(index)):
             asked = _interleaved(rows.turns[index], [PROBE_ANSWER] * len(rows.turns[index]))
             yield Conversation([*asked, _says(PROBE_ANSWER)], row.tools, [], row.origin)
 

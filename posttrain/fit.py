@@ -12,10 +12,11 @@ before it is saved; 5. TRL's loss gets its log-probabilities from `forward`.
 import json
 import math
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from importlib.util import find_spec
@@ -46,6 +47,7 @@ from posttrain.forward import to_batch, to_device
 from posttrain.fsdp import claim, shard
 from posttrain.heartbeat import tell
 from posttrain.layout import Group, Layout, restore_attention
+from posttrain.machine import giving_memory_back
 from posttrain.models import (
     LOADERS,
     check_weights,
@@ -59,10 +61,12 @@ from posttrain.models import (
 )
 from posttrain.preflight import fatal_faults, preflight
 from posttrain.progress import Progress
+from posttrain.ranks import any_rank, of_all_ranks
 from posttrain.recipe import MOST_TOKENS, TrainingConfig
-from posttrain.saver import Saver, any_rank, find_whole
+from posttrain.saver import Saver, find_whole
 from posttrain.sequence import Team, check_heads, team_of
 from posttrain.settle import settle
+from posttrain.share import mesh_to_read_on
 from posttrain.stage import ArtifactKind, Input, StageContext
 from posttrain.state import Fragment, Saved, fragments, random_state, restore, set_random_state
 
@@ -252,6 +256,7 @@ def open_fitting(
     dtype = loaded_dtype(config)
     torch.manual_seed(config.seed)  # a new head is drawn at random
     options = {"attn_implementation": config.attn_implementation, **quantization(config.lora, dtype)}
+    options["mesh"] = mesh_to_read_on(config, context.world_size)
     model = LOADERS[output](given.model, tokenizer, contract, context.at, dtype=dtype, **options)
     if config.lora is not None:
         _check_targets(model, config.lora.target_modules, context.at)
@@ -369,6 +374,21 @@ class OurOrder(Trainer):
     at_hand: list[list[int]]
     """This rank's samples of the step at hand, by micro-batch; all in one where its micro-batches are made of something else."""
     _metrics: Any
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        """As the trainer itself, but that no model is hashed: TRL would know reference log-probs by it, which are an artifact of their own.
+
+        It takes as long as to read the model, and cannot be where a rank has rows of it alone.
+        """
+        modules: list[Any] = [sys.modules[kind.__module__] for kind in type(self).__mro__]
+        hashing = {module: module.hash_module for module in modules if hasattr(module, "hash_module")}
+        for module in hashing:
+            module.hash_module = lambda model: None
+        try:
+            super().__init__(*arguments, **named)
+        finally:
+            for module, own in hashing.items():
+                module.hash_module = own
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset  # prepared before any process group existed
@@ -658,8 +678,7 @@ class OurOrder(Trainer):
         """The entries of all ranks, or of one of each team, in their order, on this one's device; every rank has equally many."""
         if self.batches.world_size == 1:
             return mine
-        every: list[Any] = [None] * (self.batches.world_size * self.team.size)
-        dist.all_gather_object(every, to_device(mine, torch.device("cpu")))
+        every = of_all_ranks(to_device(mine, torch.device("cpu")))
         flat: list[Any] = to_device([each for part in every[:: self.team.size] for each in part], self.args.device)
         return flat
 
@@ -813,7 +832,10 @@ def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: l
     progress.rewind(last.step if last else 0)
     progress.phase(TRAIN, num_steps, last.step if last else 0)
     _open_event_files(trainer, context, last)
-    watch = Watch(context, trainer, progress, last)
+    setting_up = ExitStack()
+    # Until the first step: what an engine and its optimizer are made of is copied about, and would leave holes of that size.
+    setting_up.enter_context(giving_memory_back())
+    watch = Watch(context, trainer, progress, last, setting_up)
     trainer.add_callback(watch)
     shard(trainer.model, config, context.world_size)
     if config.lora is not None:
@@ -890,8 +912,11 @@ def _publish(
 class Watch(TrainerCallback):
     """Follows the training loop: how it is computed, where it goes on, progress, metrics, and when to save."""
 
-    def __init__(self, context: StageContext[Any], trainer: Any, progress: Progress, last: Checkpoint | None) -> None:
+    def __init__(
+        self, context: StageContext[Any], trainer: Any, progress: Progress, last: Checkpoint | None, setting_up: ExitStack
+    ) -> None:
         self.context = context
+        self.setting_up = setting_up
         self.trainer = trainer
         self.batches: GlobalBatches = trainer.batches
         self.progress = progress
@@ -904,6 +929,7 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Load the state to go on from, now that the model is where it will be trained, and settle how to compute."""
         trainer, batches = self.trainer, self.batches
+        self.setting_up.close()
         random = None
         if self.last is not None:
             try:

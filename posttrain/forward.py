@@ -8,12 +8,12 @@ get from its own, per-token log-probabilities in a padded grid, so each of its l
 import functools
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
@@ -35,6 +35,7 @@ from posttrain.layout import (
     restore_attention,
     teach_attention,
 )
+from posttrain.ranks import shares_of_all_ranks
 from posttrain.sequence import ALONE, Piece, Team, why_never_exact
 
 Floats = npt.NDArray[np.float32]
@@ -45,12 +46,29 @@ PROBE = (((7, (9, 5)), (4, (3, 12))), ((1, (2, 2)), (23, (1, 31))))
 """Groups that layouts are compared on: lengths of a prompt and of its two answers."""
 
 
+@dataclass
+class Output(FusedCausalLMOutput):  # type: ignore[misc,unused-ignore]
+    """What TRL's losses read of a forward pass, and what they have no place for."""
+
+    top_probs: torch.Tensor | None = None
+
+
+class Predicted(NamedTuple):
+    """The counted tokens of a sequence, each field `(n,)`, in float32."""
+
+    log_probs: Floats
+    top_probs: Floats
+    """Probability of the token that was likeliest in its place."""
+    is_top1: Floats
+    """1 where it is that one, else 0."""
+
+
 def attach(model: PreTrainedModel, *, outputs: Collection[str] = ("log_probs",), temperature: float = 1.0, team: Team = ALONE) -> None:
     """Replace the model's fused forward by ours; `outputs` are the fields of `head.Scores` that are wanted.
 
-    Log-probabilities are those of softmax(logits / temperature). The forward without `fused_lm_head` stays the model's own, and so
-    does generation. Ranks of a `team` each compute a piece of what they are all called with, and give the same answer; with
-    `whole=True` each computes all of it by itself.
+    Those that are not are None. Log-probabilities are those of softmax(logits / temperature). The forward without `fused_lm_head` stays
+    the model's own, and so does generation. Ranks of a `team` each compute a piece of what they are all called with, and give the same
+    answer; with `whole=True` each computes all of it by itself.
     """
     scale, softcap = _logit_transform(model.config.get_text_config())
     scale, softcap = scale / temperature, None if softcap is None else softcap / temperature
@@ -58,7 +76,8 @@ def attach(model: PreTrainedModel, *, outputs: Collection[str] = ("log_probs",),
     def head(hidden: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
         table: Any = model.get_output_embeddings()
         with maybe_gather_lm_head_ctx(table.weight, table.bias):
-            return score(hidden, table.weight, table.bias, targets, scale=scale, softcap=softcap, outputs=outputs)._asdict()
+            scores = score(hidden, table.weight, table.bias, targets, scale=scale, softcap=softcap, outputs=outputs)
+        return {name: values for name, values in scores._asdict().items() if name in outputs}
 
     _attach(model, head, team)
 
@@ -111,7 +130,7 @@ def _attach(model: PreTrainedModel, head: Callable[[torch.Tensor, torch.Tensor],
         in_grid = {name: values.new_zeros(mask.shape).index_put(cells, values) for name, values in scores.items()}
         if piece is not None:
             in_grid = {name: team.sum(values) for name, values in in_grid.items()}
-        return FusedCausalLMOutput(label_mask=mask, aux_loss=_aux_loss(config, backbone, kwargs, piece), **in_grid)
+        return Output(label_mask=mask, aux_loss=_aux_loss(config, backbone, kwargs, piece), **in_grid)
 
     model.forward = types.MethodType(forward, model)
 
@@ -222,7 +241,6 @@ def computing_dtype(model: PreTrainedModel) -> torch.dtype:
 # --- scoring ---------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def score_batch(
     call: Callable[..., Any], model: PreTrainedModel, groups: Sequence[Group], layout: Layout, *, pad: int, whole: bool = False
 ) -> list[list[Floats]]:
@@ -230,13 +248,31 @@ def score_batch(
 
     `whole` is as in `attach`.
     """
+    return [
+        [log_probs for (log_probs,) in branches]
+        for branches in _score_fields(call, model, groups, layout, ("log_probs",), pad=pad, whole=whole)
+    ]
+
+
+@torch.no_grad()
+def _score_fields(
+    call: Callable[..., Any],
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    layout: Layout,
+    fields: Sequence[str],
+    *,
+    pad: int,
+    whole: bool = False,
+) -> list[list[list[Floats]]]:
+    """Those fields of `head.Scores` of every counted token, `[group][branch][field]` -> `(n,)`."""
     batch = to_batch(groups, layout, pad)
     output = call(**to_device(batch, model.device), fused_lm_head=True, whole=whole)
-    log_probs = output.log_probs.float().cpu().numpy()
+    values = [getattr(output, field).float().cpu().numpy() for field in fields]
     wanted = output.label_mask.cpu().numpy()
-    found: list[list[Floats]] = [[] for _ in groups]
+    found: list[list[list[Floats]]] = [[] for _ in groups]
     for (number, _), row in number_sequences(groups).items():
-        found[number].append(log_probs[row][wanted[row]])
+        found[number].append([each[row][wanted[row]] for each in values])
     return found
 
 
@@ -264,12 +300,7 @@ def score_all(
         found = score_batch(call, model, [groups[number] for number in micro_batch], layout, pad=pad)
         mine |= dict(zip(micro_batch, found, strict=True))
     model.train(training)
-    every: list[Any] = [mine]
-    if dist.is_initialized():
-        every *= dist.get_world_size()
-        dist.all_gather_object(every, mine)
-    merged = {number: branches for part in every for number, branches in part.items()}
-    return [merged[number] for number in range(len(groups))]
+    return shares_of_all_ranks(mine)
 
 
 def to_batch(groups: Sequence[Group], layout: Layout, pad: int) -> dict[str, Any]:
@@ -293,7 +324,7 @@ class Scorer:
     """Scores groups under a loaded model, in the fastest layout that is exact for it."""
 
     def __init__(self, model: PreTrainedModel, *, longest: int, pad: int) -> None:
-        attach(model)
+        attach(model, outputs=Predicted._fields)
         self.model = model.eval()
         self.pad = pad
         self.layout = exact_layouts(model, model, ["shared"], longest)[0][0]
@@ -309,3 +340,8 @@ class Scorer:
     def score(self, groups: Sequence[Group]) -> list[list[Floats]]:
         """The log-probability of every counted token, `[group][branch]` -> `(n,)`, all groups at once."""
         return score_batch(self.model, self.model, groups, self.layout, pad=self.pad)
+
+    def predict(self, groups: Sequence[Group]) -> list[list[Predicted]]:
+        """The same, with what else there is to know of the very same distributions."""
+        found = _score_fields(self.model, self.model, groups, self.layout, Predicted._fields, pad=self.pad)
+        return [[Predicted(*fields) for fields in branches] for branches in found]

@@ -8,20 +8,33 @@ The trainer is not told: `fully_shard` changes a model in place, so what is call
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from math import prod
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
+from posttrain.machine import giving_memory_back
 from posttrain.recipe import TrainingConfig
 
 PREFIX = "FSDP"
 """What `fully_shard` puts before the name of a module's class."""
+
+
+def layers_of(model: Any) -> list[torch.nn.Module]:
+    """The layers of a model that is not yet shared out, in its order: what its architecture calls modules that must not be split."""
+    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+
+
+@cache
+def mesh(world_size: int) -> DeviceMesh:
+    """All ranks, side by side, on the kind of device that there is. All of them call it."""
+    return init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size,))
 
 
 def claim(model: PreTrainedModel, config: TrainingConfig, world_size: int) -> None:
@@ -39,18 +52,42 @@ def shard(model: Any, config: TrainingConfig, world_size: int) -> None:
         return  # a lone rank holds all of it anyway
     if not isinstance(model, FSDPModule):
         options: dict[str, Any] = {
-            "mesh": init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size,)),
+            "mesh": mesh(world_size),
             # None keeps the weights of the outermost module alone, which the backward pass begins with.
             "reshard_after_forward": None if config.fsdp == "full_shard" else False,
         }
         if config.uses_bf16:  # autocast sees to what goes in
             options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        layers = set(model._no_split_modules or ())
-        for module in reversed(list(model.modules())):  # what is inside of another first
-            if type(module).__name__ in layers:
-                fully_shard(module, **options)
-        fully_shard(model, **options)
+        with giving_memory_back(), _rows_aside(model):
+            for layer in reversed(layers_of(model)):  # what is inside of another first
+                fully_shard(layer, **options)
+            fully_shard(model, **options)
     reshard(model)
+
+
+@contextmanager
+def _rows_aside(model: torch.nn.Module) -> Iterator[None]:
+    """Have parameters of which this rank read its rows alone (`share`) be without memory, as `fully_shard` wants whole ones, and give them
+    their rows when it has shared them out."""
+    held = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor)
+    ]
+    empty: dict[int, torch.nn.Parameter] = {}  # one for all modules that share a parameter
+    for module, name, parameter in held:
+        blank = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        setattr(module, name, empty.setdefault(id(parameter), torch.nn.Parameter(blank, requires_grad=parameter.requires_grad)))
+    yield
+    filled: dict[int, torch.nn.Parameter] = {}
+    while held:
+        module, name, parameter = held.pop()
+        placed: Any = getattr(module, name)
+        if id(placed) not in filled:
+            rows = parameter.to_local().detach().clone()  # which may be mapped from a file
+            filled[id(placed)] = torch.nn.Parameter(alike(placed, rows), requires_grad=placed.requires_grad)
+        setattr(module, name, filled[id(placed)])
 
 
 def is_sharded(model: torch.nn.Module) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import pad
-from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from posttrain.batch import token_batches
@@ -77,6 +77,12 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=True)
     assert isinstance(text, str), "one row of ids decodes to one text"
     return text
+
+
+def bending_settings(generation: GenerationConfig) -> dict[str, Any]:
+    """Of a generation config what changes which token is the likeliest, such as `repetition_penalty`."""
+    given = generation.to_diff_dict().items()
+    return {name: value for name, value in given if not GREEDY_IGNORES.fullmatch(name) and value != GREEDY_NEUTRAL.get(name)}
 
 
 def answer_all(
@@ -461,9 +467,8 @@ def _obstacle(model: Any, longest: int) -> _Obstacle | None:
         original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
         if longest > original:
             return _Obstacle(f"{longest} tokens are over {original}, where positions are scaled by the longest row", may_pad=False)
-    for name, value in model.generation_config.to_diff_dict().items():
-        if not GREEDY_IGNORES.fullmatch(name) and value != GREEDY_NEUTRAL.get(name):
-            return _Obstacle(f"the generation config sets {name}: {value}", may_pad=True)
+    for name, value in bending_settings(model.generation_config).items():
+        return _Obstacle(f"the generation config sets {name}: {value}", may_pad=True)
     return None
 
 

@@ -25,7 +25,9 @@ class Scores(NamedTuple):
     """log of the sum of that distribution's squares; 0 unless asked for."""
     mean_logits: torch.Tensor
     is_top1: torch.Tensor
-    """Whether no token is likelier."""
+    """Whether it is the likeliest token, of equally likely ones the first."""
+    top_probs: torch.Tensor
+    """Probability of the likeliest token; 0 unless asked for."""
 
 
 def score(
@@ -69,7 +71,7 @@ class _Score(torch.autograd.Function):
         softcap: float | None,
         outputs: frozenset[str],
     ) -> tuple[torch.Tensor, ...]:
-        log_probs, entropy, log_sum_sq_probs, mean_logits = hidden.new_zeros((4, len(hidden)), dtype=torch.float32)
+        log_probs, entropy, log_sum_sq_probs, mean_logits, top_probs = hidden.new_zeros((5, len(hidden)), dtype=torch.float32)
         is_top1 = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
         has_gradient = any(ctx.needs_input_grad)
         num_kept = KEPT_BYTES // (hidden.element_size() * len(weight)) if has_gradient and softcap is None else 0
@@ -81,9 +83,12 @@ class _Score(torch.autograd.Function):
             wanted = logits.gather(1, targets[part, None])[:, 0]
             highest, likeliest = logits.max(dim=1)
             probs = logits.softmax(dim=1)
-            normalizer = highest - probs.gather(1, likeliest[:, None])[:, 0].log()
+            top = probs.gather(1, likeliest[:, None])[:, 0]
+            normalizer = highest - top.log()
             log_probs[part] = wanted - normalizer
-            is_top1[part] = wanted >= highest
+            is_top1[part] = likeliest == targets[part]
+            if "top_probs" in outputs:
+                top_probs[part] = top
             if "mean_logits" in outputs and softcap is not None:
                 mean_logits[part] = logits.mean(dim=1)
             if "log_sum_sq_probs" in outputs:
@@ -103,8 +108,8 @@ class _Score(torch.autograd.Function):
             mean_logits = scale * ((hidden @ weight.mean(dim=0)).float() + (0.0 if bias is None else bias.float().mean()))
         ctx.save_for_backward(hidden, weight, bias, targets, mixed, *kept)
         ctx.scale, ctx.softcap = scale, softcap
-        ctx.mark_non_differentiable(entropy, log_sum_sq_probs, mean_logits, is_top1)
-        return log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1
+        ctx.mark_non_differentiable(entropy, log_sum_sq_probs, mean_logits, is_top1, top_probs)
+        return log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1, top_probs
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:

@@ -25,7 +25,8 @@ from posttrain.fit import bare_model
 from posttrain.layout import Layout
 from posttrain.ledger import PREFLIGHT_FILE
 from posttrain.models import load_tokenizer
-from posttrain.saver import any_rank, find_weights
+from posttrain.ranks import any_rank
+from posttrain.saver import find_weights
 from posttrain.selection import PREFIX, Selection, choose, write_selection
 from posttrain.settle import exact_for
 from posttrain.stage import StageContext

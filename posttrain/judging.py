@@ -21,7 +21,7 @@ from pydantic import Field, field_validator
 
 from posttrain import disk
 from posttrain.config import Config
-from posttrain.data.rows import Message
+from posttrain.data.rows import Message, pick_evenly
 from posttrain.endpoint import Endpoint, Replies, check_places, fill, read_replies, show_turns, write_replies
 from posttrain.error import UserError
 
@@ -66,8 +66,7 @@ class Judging(Config):
 
     def choose(self, rows: Sequence[int]) -> set[int]:
         """Those of the rows that are judged."""
-        most = min(self.num_rows or len(rows), len(rows))
-        return {rows[number * len(rows) // most] for number in range(most)}
+        return pick_evenly(rows, self.num_rows or len(rows))
 
 
 class EndpointJudge(Judging, Endpoint):
@@ -227,7 +226,7 @@ def _ask(evaluation: "Evaluation", judge: EndpointJudge, questions: Sequence[str
     asked = dict(zip(left, judge.ask_all(left, replies, f"{context.at}.judge", tick=progress.step), strict=True))
     mine = [asked[question] if (question := questions[number]) in asked else known[judge.key(question)] for number in share]
     told = [{"row": number, "measure": "reply", "reply": reply} for number, reply in zip(share, mine, strict=True)]
-    found = {questions[each["row"]]: each["reply"] for each in gather(told, context.world_size)}
+    found = {questions[each["row"]]: each["reply"] for each in gather(told)}
     if context.is_main:
         _leave_replies(context, judge, found)
     return found

@@ -21,6 +21,12 @@ def make_ready(local_world_size: int) -> None:
         keep_memory()
 
 
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of matrices in bfloat16 (AVX512-BF16 or AMX)."""
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
 def keep_memory() -> None:
     """Let the allocator keep what is freed.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils.hub import cached_file
 
 from posttrain import disk
@@ -31,11 +33,12 @@ from posttrain.artifact import OUTPUT
 from posttrain.chat import ChatContract, adopt, apply_to_generation, check_contract, establish, read_contract
 from posttrain.config import ModelSource
 from posttrain.error import Preempted, UserError
-from posttrain.fsdp import PREFIX, gathered_beside_layers, reshard
+from posttrain.fsdp import PREFIX, gathered_beside_layers, layers_of, reshard
 from posttrain.machine import give_memory_back, giving_memory_back
+from posttrain.ranks import any_rank
 from posttrain.recipe import MAX_SHARD_BYTES, LoraRecipe, TrainingConfig
 from posttrain.sandbox import MAX_TEMPLATE_CHARS
-from posttrain.saver import any_rank
+from posttrain.share import reading_rows
 from posttrain.stage import ArtifactKind, Input, StageContext
 from posttrain.weights import Trained, Weights, describe, gather_state, gathered, open_stored, tensors_of, write_weights
 
@@ -45,6 +48,8 @@ SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "s
 """Files of a model that transformers reads as JSON objects, whose keys decide what it loads."""
 TEMPLATE_FILE = "chat_template.jinja"
 ADAPTER_FILE = "adapter_config.json"
+SCORE = "score.weight"
+"""What a reward model has and a policy has not."""
 MAX_SETTINGS_BYTES = 64 << 20
 PROBE_FILE = "probe.safetensors"
 PUBLISHED_FILE = "published.json"
@@ -52,9 +57,10 @@ ADAPTER = "adapter"
 PROBE_TOKENS = 48
 """Length of the probe rows; logits are kept for their last positions."""
 PROBE_KEPT = 8
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Allowed root mean square difference of the logits after the hand-off, in standard deviations of all logits, by the
-coarsest type involved. Rounding a 135 M model to bfloat16, and running it so, gives 0.015."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 5e-2}
+"""Allowed root mean square difference of the logits after the hand-off, in standard deviations of all logits, by the coarsest type
+involved. Rounding weights to bfloat16 gave 0.015 to 0.09 for a model of 135 M (an instruct model after 20 steps at 3e-5, whose steps are as
+small as what is rounded away); logits of unrelated models differ by 1.4. The bytes themselves are compared by hash."""
 
 
 def load_tokenizer(
@@ -239,14 +245,16 @@ def load_policy(
     at: str,
     *,
     dtype: Any,
+    mesh: DeviceMesh | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """A causal language model that knows every token of its contract, and stops where the contract says.
 
     `dtype` is a torch type or `auto`, the stored one; `options` are further ones of `from_pretrained`. Under DeepSpeed ZeRO-3 the
-    weights are sharded while they are read.
+    weights are sharded while they are read, and with a `mesh` each rank reads its rows alone (`share`), for `fsdp.shard`.
     """
-    model = load_bare_policy(source, at, dtype=dtype, **options)
+    whole_tables = _brings_tokens(source.model, contract)
+    model = load_bare_policy(source, at, dtype=dtype, reading=reading_rows(mesh, whole_tables=whole_tables), **options)
     _add_tokens(model, tokenizer, contract)
     apply_to_generation(contract, tokenizer, model)
     return model
@@ -264,6 +272,7 @@ def load_reward_model(
     at: str,
     *,
     dtype: Any,
+    mesh: DeviceMesh | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """A model with one number for a whole sequence, that knows every token of its contract; a policy gets a new, random head.
@@ -274,7 +283,8 @@ def load_reward_model(
         AutoModelForSequenceClassification,
         source,
         at,
-        new=("score.weight",),
+        new=(SCORE,),
+        reading=reading_rows(mesh, new=(SCORE,), whole_tables=_brings_tokens(source.model, contract)),
         dtype=dtype,
         num_labels=1,
         **options,
@@ -284,9 +294,17 @@ def load_reward_model(
     return model
 
 
-def _load(auto_class: Any, source: ModelSource, at: str, *, new: Sequence[str] = (), **options: Any) -> PreTrainedModel:
-    """The model, all of whose weights are there but those that may be `new`."""
-    with _explain(source, at), giving_memory_back():
+def _load(
+    auto_class: Any,
+    source: ModelSource,
+    at: str,
+    *,
+    new: Sequence[str] = (),
+    reading: contextlib.AbstractContextManager[None] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """The model, all of whose weights are there but those that may be `new`; its files are read in `reading`."""
+    with _explain(source, at), giving_memory_back(), reading or contextlib.nullcontext():
         loaded: Any = auto_class.from_pretrained(
             source.model,
             revision=source.revision,
@@ -336,7 +354,7 @@ def stored_dtype(source: ModelSource) -> torch.dtype:
 
 def _add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, contract: ChatContract) -> None:
     """Make room for the contract's new tokens; they start as the mean of the old ones (Hewitt, 2021), without noise."""
-    if not _brings_tokens(model, contract):
+    if not _brings_tokens(model.config._name_or_path, contract):
         return
     new = token_ids(tokenizer, contract.added_tokens)
     if len(tokenizer) > model.config.get_text_config().vocab_size:
@@ -352,9 +370,9 @@ def start_tokens(table: torch.Tensor, new: Sequence[int]) -> None:
     table[new] = table[: min(new)].mean(dim=0)
 
 
-def _brings_tokens(model: PreTrainedModel, contract: ChatContract) -> bool:
-    """Whether the contract has tokens that the stored model does not know: one with a contract of its own knows all."""
-    return bool(contract.added_tokens) and read_contract(Path(model.config._name_or_path)) is None
+def _brings_tokens(stored: str, contract: ChatContract) -> bool:
+    """Whether the contract has tokens that the model stored there does not know: one with a contract of its own knows all."""
+    return bool(contract.added_tokens) and read_contract(Path(stored)) is None
 
 
 def _embedding_tables(model: Any) -> list[Any]:
@@ -384,7 +402,7 @@ def train_new_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
     Otherwise they would all stay at the same mean, and a stop token that equals another token is never chosen.
     """
-    if not _brings_tokens(model, contract):
+    if not _brings_tokens(model.config._name_or_path, contract):
         return
     new = token_ids(tokenizer, contract.added_tokens)
     for table in _embedding_tables(model):
@@ -429,7 +447,7 @@ def publish(
         state = gather_state({name: tensor for name, tensor in tensors_of(model).items() if tensor.requires_grad}, keep=context.is_main)
         if context.is_main:
             adapted: Any = model
-            brings_tokens = _brings_tokens(adapted.get_base_model(), contract)
+            brings_tokens = _brings_tokens(adapted.get_base_model().config._name_or_path, contract)
             adapted.save_pretrained(context.output / ADAPTER, state_dict=state, save_embedding_layers=brings_tokens)
         del state
         weights = Adapted(model, open_stored(weight_files(given, context.at, or_pickles=given.model.allow_pickle)))
@@ -496,8 +514,10 @@ def compute_in_float32(model: Any) -> None:
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
 
+    layers = set(layers_of(model))
+
     def visit(module: torch.nn.Module) -> None:
-        is_layer = type(module).__name__ in (model._no_split_modules or ())
+        is_layer = module in layers
         own = [*module.parameters(recurse=is_layer), *module.buffers(recurse=is_layer)]
         if lower := [tensor for tensor in own if tensor.is_floating_point() and tensor.dtype != torch.float32]:
             cast_for_pass(module, lower)
@@ -514,6 +534,7 @@ def verify_published(context: StageContext[Any], kind: ArtifactKind) -> dict[str
     """
     output = context.directory / OUTPUT
     at = f"{context.at}: {output}"
+    unset_hf_deepspeed_config()  # a process that has trained under ZeRO-3 would share out what it loads
     loaded: Any = AUTO_CLASSES[kind].from_pretrained(output, dtype="auto", output_loading_info=True)
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]) + sorted(loading["unexpected_keys"]):

@@ -29,7 +29,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -351,7 +351,10 @@ class Memory:
 
     def parts(self) -> dict[str, int]:
         """What is on the device, by name."""
-        return {name: value for name, value in asdict(self).items() if name not in BESIDE}
+        return {name: getattr(self, name) for name in _PARTS}
+
+
+_PARTS = tuple(field.name for field in fields(Memory) if field.name not in BESIDE)
 
 
 @dataclass(frozen=True)

@@ -123,11 +123,16 @@ def _leaks(context: StageContext[Any], questions: npt.NDArray[np.uint64]) -> dic
     leaks: dict[str, dict[int, str]] = {}
     taken: set[int] = set()
     for given in _measured_apart(context):
-        source = given.data.model_copy(update={"invalid_rows": "drop"})
-        rows = open_source(source, f"{context.at}: {given.name}").all_rows()
+        rows = open_source(given.data, f"{context.at}: {given.name}").all_rows()
         asked: dict[int, str] = {}
-        for row in rows:
-            asked.setdefault(question_bits(row), row.origin)
+        try:
+            for row in rows:
+                asked.setdefault(question_bits(row), row.origin)
+        except UserError as error:
+            # Left to the evaluation, this would be said when all is trained.
+            raise UserError(
+                f"{error} (in {given.name}, which is measured on later; `invalid_rows: drop` there leaves such rows out)"
+            ) from None
         samples = np.flatnonzero(np.isin(questions, np.fromiter(asked, dtype=np.uint64, count=len(asked))))
         found = {int(sample): asked[int(questions[sample])] for sample in samples if int(sample) not in taken}
         taken |= found.keys()

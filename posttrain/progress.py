@@ -91,7 +91,7 @@ class Watcher:
         self._name = name
         self._console = console
         self._printed = (0.0, "")
-        self._status = console.status("", spinner="dots") if console.is_terminal else None
+        self._status = console.status(f"{name}: starting", spinner="dots") if console.is_terminal else None
         self.state: dict[str, Any] = {}
         """What was read last."""
 

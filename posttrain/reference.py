@@ -28,7 +28,7 @@ from posttrain.forward import Floats, score_batch
 from posttrain.fsdp import shard
 from posttrain.layout import Group, Layout, measure
 from posttrain.progress import Progress
-from posttrain.saver import any_rank
+from posttrain.ranks import any_rank, of_main
 from posttrain.sequence import team_of
 from posttrain.settle import exact_for, most_tokens
 from posttrain.stage import StageContext
@@ -218,7 +218,7 @@ def _compute(
     team = team_of(context)
     num_rows = len(reference.lengths)
     starts = list(range(0, num_rows, ROWS_AT_ONCE))
-    missing = _from_main([start for start in starts if not reference.has_chunk(start)], context.world_size)
+    missing = of_main([start for start in starts if not reference.has_chunk(start)])
     progress = Progress(context.directory, is_main=context.is_main)
     progress.phase("reference", num_rows, num_rows - sum(min(ROWS_AT_ONCE, num_rows - start) for start in missing))
     signals: list[int] = []
@@ -245,14 +245,6 @@ def _compute(
         reference.finish(starts)
     if dist.is_initialized():
         dist.barrier()
-
-
-def _from_main(value: list[int], world_size: int) -> list[int]:
-    if world_size == 1:
-        return value
-    held = [value]
-    dist.broadcast_object_list(held)
-    return held[0]
 
 
 def _to_main(mine: dict[int, Floats], context: StageContext[Any]) -> dict[int, Floats]:

@@ -21,6 +21,7 @@ def schema() -> "pa.Schema":
     import pyarrow as pa
 
     settings = {
+        "engine": pa.string(),  # what generated, with its version
         "weights": pa.string(),  # hash of what the model is
         "contract": pa.string(),  # hash of the chat contract: the template, and where an answer ends
         "stop_tokens": pa.list_(pa.string()),
@@ -39,6 +40,10 @@ def schema() -> "pa.Schema":
         "logp": pa.float64(),
         "num_tokens": pa.int64(),  # of an answer, without its stop token
         "num_bytes": pa.int64(),
+        # Of the tokens of a conversation, by bin of how likely the likeliest token was (`posttrain.metrics.calibration`).
+        "bin_tokens": pa.list_(pa.int64()),
+        "bin_confidence": pa.list_(pa.float64()),  # the sum of that
+        "bin_right": pa.list_(pa.int64()),  # how many were that token
         # Of what is generated.
         "answer": pa.string(),
         "ended": pa.bool_(),  # whether it came to a stop token

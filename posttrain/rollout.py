@@ -16,12 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from transformers import GenerationConfig, PreTrainedModel
 
 from posttrain import disk
@@ -41,12 +40,12 @@ from posttrain.metrics.check import Check, read_checks, score
 from posttrain.metrics.generated import is_looping, repetition
 from posttrain.models import load_policy, loaded_dtype, quantization
 from posttrain.policy_losses import divergence, group_advantages, importance_weights, leave_one_out, token_scales
+from posttrain.ranks import shares_of_all_ranks
 from posttrain.reward import Reader, load_rewards, open_reader, reward_group, score_groups
 from posttrain.settle import is_sharded
 from posttrain.stage import Input, StageContext
 
 Floats = npt.NDArray[np.float64]
-T = TypeVar("T")
 
 COMPLETIONS_FILE = "completions.jsonl"
 """What was sampled in each step, an answer a line, in the stage's directory."""
@@ -439,7 +438,7 @@ class Rollouts:
         for place, completions in zip(mine, found, strict=True):
             texts = [decode(fitting.tokenizer, each.ids[:-1] if each.ended else each.ids) for each in completions]
             share[place] = (completions, texts, check_answers(asked[place], texts))
-        every = _gather(share, context.world_size)
+        every = shares_of_all_ranks(share)
         return [each[0] for each in every], [each[1] for each in every], [each[2] for each in every]
 
     def _sample(
@@ -642,15 +641,6 @@ def _encode_heldout(context: StageContext[Any], given: Input, encoder: Any, prom
         with suppress(LeftOut):
             found.append((prompt, encoder.encode(row).columns["input_ids"]))
     return found
-
-
-def _gather(mine: Mapping[int, T], world_size: int) -> list[T]:
-    """What ranks have, each some of it, in order, on every rank."""
-    every: list[Any] = [mine] * world_size
-    if world_size > 1:
-        dist.all_gather_object(every, mine)
-    merged = {place: value for part in every for place, value in part.items()}
-    return [merged[place] for place in range(len(merged))]
 
 
 def _diverge(completions: Sequence[Sequence[Completion]], reference: Sequence[Sequence[npt.NDArray[np.float32]]]) -> tuple[Floats, Floats]:

@@ -14,7 +14,8 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -30,9 +31,10 @@ from posttrain.data.files import Record
 from posttrain.data.prepared import describe_formats
 from posttrain.data.rows import Conversation, Message, Pair, asked_messages
 from posttrain.data.source import open_source
+from posttrain.engine import PolicyEngine, engine_name, unlike_transformers, wants_engine
 from posttrain.error import UserError
 from posttrain.evaluate import Kept
-from posttrain.generate import ROWS_AT_ONCE, decode, sample_all
+from posttrain.generate import ROWS_AT_ONCE, Completion, decode, sample_all
 from posttrain.models import load_policy
 from posttrain.parallel import chunks
 from posttrain.progress import Progress
@@ -40,6 +42,8 @@ from posttrain.reward import check_readable, load_rewards, open_reader, rate_con
 from posttrain.sandbox import OverLimit
 from posttrain.stage import StageContext
 
+HOTTEST = 2.0
+"""Highest temperature that vLLM draws at."""
 COUNTS = {"pairs": "num_pairs", "best": "num_rows", "all": "num_rows"}
 """What the metrics call the number of rows that are made."""
 
@@ -145,11 +149,33 @@ def check_reader(context: StageContext[Any], prompts: Sequence[Prompt]) -> None:
     check_readable(open_reader(given, context.at), (prompt.conversation(PROBE_ANSWER) for prompt in prompts), f"{context.at}: {given.name}")
 
 
+def answers_by_vllm(context: StageContext[Any], prompts: Sequence[Prompt], contract: ChatContract) -> bool:
+    """Whether vLLM draws the answers. All ranks call it. Raises `UserError` where it was asked for and cannot."""
+
+    def obstacles() -> Iterator[str]:
+        yield from unlike_transformers(context.input("policy"), contract, longest=_longest(context, prompts))
+        if context.config.temperature > HOTTEST:
+            yield f"its temperature may be {HOTTEST:g} at most, not {context.config.temperature:g}; lower that, or"
+
+    return wants_engine(context, obstacles())
+
+
+def _longest(context: StageContext[Any], prompts: Sequence[Prompt]) -> int:
+    """Tokens that a prompt may come to with its answer."""
+    return int(max(len(prompt.ids) for prompt in prompts) + context.config.max_completion_length)
+
+
 # --- answers and rewards ---------------------------------------------------------------------------------------------
 
 
 def answer_and_rate(
-    context: StageContext[Any], kept: Kept, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, contract: ChatContract
+    context: StageContext[Any],
+    kept: Kept,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    contract: ChatContract,
+    *,
+    is_vllm: bool,
 ) -> list[dict[str, Any]]:
     """This rank's share of the answers, and of their rewards; each chunk is kept once it is there."""
     size = max(1, ROWS_AT_ONCE // context.config.num_generations)
@@ -157,8 +183,8 @@ def answer_and_rate(
     order = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number].ids), number))
     mine = list(chunks(order, size))[context.rank :: context.world_size]
     progress = Progress(context.directory, is_main=context.is_main)
-    answers = _answer(context, kept, prompts, mine, tokenizer, contract, progress)
-    return answers + _rate(context, kept, prompts, mine, answers, tokenizer, contract, progress)
+    answers = _answer(context, kept, prompts, mine, tokenizer, contract, progress, is_vllm=is_vllm)
+    return answers + _rate(context, kept, prompts, mine, answers, tokenizer, contract, progress, is_vllm=is_vllm)
 
 
 def _answer(
@@ -169,6 +195,8 @@ def _answer(
     tokenizer: PreTrainedTokenizerBase,
     contract: ChatContract,
     progress: Progress,
+    *,
+    is_vllm: bool,
 ) -> list[dict[str, Any]]:
     config, given = context.config, context.input("policy")
     progress.phase(f"answers of {given.name}", sum(map(len, mine)) * config.num_generations)
@@ -185,6 +213,11 @@ def _answer(
                 loaded.append(model.to(device).eval())
         return loaded[0]
 
+    engine = PolicyEngine(context, given, tokenizer, contract, longest=_longest(context, prompts)) if is_vllm else None
+    sample: Callable[..., list[list[Completion]]] = (
+        engine.sample_all if engine else lambda ids, **settings: sample_all(policy(), tokenizer, contract, ids, **settings)
+    )
+
     def answer(chunk: list[int]) -> list[dict[str, Any]]:
         def tell(num_answers: int) -> None:
             with lock:
@@ -192,10 +225,7 @@ def _answer(
                 progress.step(done.total())
 
         def compute() -> list[dict[str, Any]]:
-            sampled = sample_all(
-                policy(),
-                tokenizer,
-                contract,
+            sampled = sample(
                 [prompts[number].ids for number in chunk],
                 num_return_sequences=config.num_generations,
                 temperature=config.temperature,
@@ -216,11 +246,14 @@ def _answer(
                 for number, completions in zip(chunk, sampled, strict=True)
             ]
 
-        results = kept.batch(f"answers {chunk[0]}", compute)
+        results = kept.batch(f"answers of {engine_name(is_vllm=is_vllm)} {chunk[0]}", compute)
         tell(len(chunk) * config.num_generations)
         return results
 
-    return [result for results in each_batch(answer, mine) for result in results]
+    with engine or nullcontext():
+        # An engine is asked for one chunk at a time: it has threads of its own.
+        batches = [answer(chunk) for chunk in mine] if engine else each_batch(answer, mine)
+    return [result for results in batches for result in results]
 
 
 def _rate(
@@ -232,6 +265,8 @@ def _rate(
     tokenizer: PreTrainedTokenizerBase,
     contract: ChatContract,
     progress: Progress,
+    *,
+    is_vllm: bool,
 ) -> list[dict[str, Any]]:
     """Which answers can be learned from, and with a reward model the reward of each of them."""
     given = context.input("reward") if "reward" in context.inputs else None
@@ -261,7 +296,7 @@ def _rate(
                 for n in chunk
             ]
 
-        results += kept.batch(f"rewards {chunk[0]}", compute)
+        results += kept.batch(f"rewards for {engine_name(is_vllm=is_vllm)} {chunk[0]}", compute)
         progress.step(len(results))
     return results
 
@@ -286,7 +321,7 @@ def _says(text: str) -> Message:
 # --- the data set ----------------------------------------------------------------------------------------------------
 
 
-def write_rows(context: StageContext[Any], found: Prompts, results: Iterable[dict[str, Any]]) -> dict[str, float]:
+def write_rows(context: StageContext[Any], found: Prompts, results: Iterable[dict[str, Any]], *, engine: str) -> dict[str, float]:
     """Write what is learned from the results of all ranks. Returns the metrics. Raises `UserError` where nothing is left."""
     by_measure: dict[str, dict[int, dict[str, Any]]] = {"answers": {}, "rewards": {}}
     for result in results:
@@ -314,8 +349,8 @@ def write_rows(context: StageContext[Any], found: Prompts, results: Iterable[dic
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     _write_lines(output / "rows.jsonl", rows)
-    _write_lines(output / "answers.jsonl", map(_account, every))
-    (output / "table.json").write_text(_dump(_table(metrics, context.config.output)), encoding="utf-8")
+    _write_lines(output / "answers.jsonl", ({**_account(answered), "engine": engine} for answered in every))
+    (output / "table.json").write_text(_dump(_table(metrics, context.config.output, engine)), encoding="utf-8")
     return metrics
 
 
@@ -384,7 +419,7 @@ def _account(answered: Answered) -> Record:
     }
 
 
-def _table(metrics: dict[str, float], output: str) -> dict[str, Any]:
+def _table(metrics: dict[str, float], output: str, engine: str) -> dict[str, Any]:
     counts = {
         "prompts": "num_prompts",
         "answers": "num_answers",
@@ -399,7 +434,7 @@ def _table(metrics: dict[str, float], output: str) -> dict[str, Any]:
         **{column: f"{metrics[name]:.1%}" for column, name in shares.items()},
         **{column: f"{metrics[name]:.3f}" for column, name in means.items() if name in metrics},
     }
-    notes = ["answers.jsonl beside the rows holds every answer, with its reward"]
+    notes = [f"answers by {engine}; answers.jsonl beside the rows holds every one, with its reward"]
     return {"columns": list(cells), "rows": [list(cells.values())], "notes": notes}
 
 

@@ -10,13 +10,11 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from posttrain import disk, state
@@ -31,6 +29,7 @@ from posttrain.checkpoint import (
     wrong_hash,
 )
 from posttrain.error import UserError
+from posttrain.ranks import any_rank, of_main, sum_over_ranks
 from posttrain.recipe import KeepPolicy
 from posttrain.stage import StageContext
 
@@ -39,30 +38,6 @@ SPARE_BYTES = 1 << 24
 """Disk that must be left beside a checkpoint, for logs and records."""
 ROOM_FOR_COPY = 1.5
 """Memory that must be free for the copy, in sizes of it."""
-
-
-@cache
-def _control_group() -> Any:
-    """Ranks agree on the CPU, so that no GPU has to wait until its queue is empty."""
-    return dist.new_group(backend="gloo") if dist.get_backend() != "gloo" else None
-
-
-def any_rank(is_so: bool) -> bool:
-    """Whether it is so on any rank. All ranks call it."""
-    if not dist.is_initialized():
-        return is_so
-    flag = torch.tensor([int(is_so)])
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=_control_group())
-    return bool(flag.item())
-
-
-def sum_over_ranks(value: int) -> int:
-    """The sum of a number over all ranks, who all call it."""
-    if not dist.is_initialized():
-        return value
-    total = torch.tensor([value], dtype=torch.int64)
-    dist.all_reduce(total, group=_control_group())
-    return int(total.item())
 
 
 class Saver:
@@ -226,11 +201,7 @@ def find_whole(context: StageContext[Any], belongs_to: Mapping[str, Any]) -> Che
         for path in sorted(context.checkpoints.glob("checkpoint-*")):
             if path not in {each.path for each in candidates}:
                 print(f"{path} is not used: it was cut off or damaged", flush=True)
-    if dist.is_initialized():
-        held: list[Any] = [candidates]
-        dist.broadcast_object_list(held)
-        candidates = held[0]
-    for checkpoint in candidates:
+    for checkpoint in of_main(candidates):
         if _is_damaged(context, checkpoint):
             continue
         if checkpoint.weights is not None and find_weights(context, checkpoint.weights) is None:

@@ -11,13 +11,14 @@ from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from posttrain import disk, fsdp
 from posttrain.error import UserError
 from posttrain.forward import computing_dtype, exact_layouts, score_batch, to_batch, to_device
 from posttrain.layout import Group, Layout, Unsupported, measure
+from posttrain.machine import multiplies_bf16
+from posttrain.ranks import of_all_ranks
 from posttrain.recipe import MOST_TOKENS, SHARE_OF_MEMORY
 from posttrain.sequence import team_of
 from posttrain.stage import StageContext
@@ -97,6 +98,8 @@ def settle(
             f"computes {settled.layout}, {settled.micro_batch_tokens} tokens at once: {'; '.join(settled.why) or 'as the config says'}",
             flush=True,
         )
+        if config.bf16 is None and not config.uses_bf16 and multiplies_bf16():
+            print("computes in float32; this CPU multiplies in bfloat16, too, so `bf16: true` may be up to twice as fast", flush=True)
     return settled
 
 
@@ -211,10 +214,7 @@ def _numel(parameter: Any) -> int:
 
 def _agree(settled: Settled) -> Settled:
     """The main rank's layout, and the fewest tokens that any rank can afford."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return settled
-    every = [settled] * dist.get_world_size()
-    dist.all_gather_object(every, settled)
+    every = of_all_ranks(settled)
     tokens = min(each.micro_batch_tokens for each in every)
     return replace(every[0], micro_batch_tokens=tokens, recompute=any(each.recompute for each in every))
 

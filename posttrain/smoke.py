@@ -12,7 +12,7 @@ what was found, and the key of what it holds for. Imports no torch.
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -115,13 +115,26 @@ def read_found(directory: Path) -> Found | None:
         return None
 
 
-def find(directory: Path, root: Path, key: str) -> Found | None:
-    """What was found for this very key: by the stage in that directory, or, where it passed, by one of any run under `root`."""
+def list_passed(root: Path) -> dict[str, Found]:
+    """What passed, in any stage of any run under `root`, by what it holds for."""
+    passed: dict[str, Found] = {}
+    for path in sorted(root.glob(f"*/*/{FILE}")):
+        found = read_found(path.parent)
+        if found is not None and found.passed:
+            passed.setdefault(found.key, found)
+    return passed
+
+
+def find(directory: Path, key: Callable[[], str], passed: Mapping[str, Found]) -> Found | None:
+    """What was found for the key that `key` computes: by the stage in that directory, or among what `passed` elsewhere.
+
+    Where nothing was ever tried the key is not computed.
+    """
     own = read_found(directory)
-    if own is not None and own.key == key:
-        return own
-    others = (read_found(path.parent) for path in sorted(root.glob(f"*/*/{FILE}")))
-    return next((found for found in others if found is not None and found.passed and found.key == key), None)
+    if own is None and not passed:
+        return None
+    wanted = key()
+    return own if own is not None and own.key == wanted else passed.get(wanted)
 
 
 # --- trying ----------------------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.chat import ChatContract
+from posttrain.fsdp import layers_of
 from posttrain.models import load_policy, stored_dtype, weight_files
-from posttrain.saver import any_rank
+from posttrain.ranks import any_rank
 from posttrain.stage import Input, StageContext
 
 SHARE_FOR_WEIGHTS = 0.7
@@ -40,7 +41,7 @@ class Held:
         if self.group is None:
             return
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
-        while _any(False, self.group):
+        while any_rank(False, self.group):
             with torch.no_grad():
                 self.model(input_ids=token, use_cache=False, is_announced=True)
 
@@ -49,7 +50,7 @@ def hold_policy(context: StageContext[Any], given: Input, tokenizer: PreTrainedT
     """A policy on this rank, or on as few as have room for it together, or as many as `ranks_per_policy` says. All ranks call it."""
     at = f"{context.at}: {given.name}"
     dtype = None if device == "cuda" else torch.float32
-    num_ranks = context.config.ranks_per_policy or _least_ranks(context, given, dtype)
+    num_ranks = ranks_to_hold(context, given, device)
     if num_ranks == 1:
         model = load_policy(given.model, tokenizer, contract, at, dtype=dtype or "auto")
         model.to(device)  # type: ignore[arg-type]
@@ -60,6 +61,11 @@ def hold_policy(context: StageContext[Any], given: Input, tokenizer: PreTrainedT
     _share_out(model, mesh, group, dtype)
     print(f"{given.name}: {num_ranks} ranks hold it together", flush=True)
     return Held(model.eval(), group)
+
+
+def ranks_to_hold(context: StageContext[Any], given: Input, device: str) -> int:
+    """How many ranks hold a policy together. All ranks call it."""
+    return context.config.ranks_per_policy or _least_ranks(context, given, None if device == "cuda" else torch.float32)
 
 
 def _least_ranks(context: StageContext[Any], given: Input, dtype: torch.dtype | None) -> int:
@@ -89,7 +95,7 @@ def _holders(num_ranks: int, device: str) -> tuple[DeviceMesh, Any]:
 
 def _share_out(model: Any, mesh: DeviceMesh, group: Any, dtype: torch.dtype | None) -> None:
     """Leave each rank its share of every layer, cast to `dtype` where one is given, and have passes be those of all."""
-    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    layers: list[Any] = layers_of(model)
     for module in [*reversed(layers), model]:  # what is inside of another first
         _cast(module, dtype)
         fully_shard(module, mesh=mesh)
@@ -99,7 +105,7 @@ def _share_out(model: Any, mesh: DeviceMesh, group: Any, dtype: torch.dtype | No
         nonlocal num_passed
         num_passed = 0
         if not named.pop("is_announced", False):
-            _any(True, group)
+            any_rank(True, group)
         return arguments, named
 
     def count(*_: Any) -> None:
@@ -122,9 +128,3 @@ def _cast(module: torch.nn.Module, dtype: torch.dtype | None) -> None:
     for tensor in [*module.parameters(), *module.buffers()]:
         if dtype is not None and tensor.is_floating_point() and not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(dtype)
-
-
-def _any(is_so: bool, group: Any) -> bool:
-    flag = torch.tensor([int(is_so)])
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-    return bool(flag.item())

@@ -16,6 +16,9 @@ from posttrain import disk
 
 FILE = "verdict.json"
 OnFail = Literal["stop", "warn"]
+COLUMNS = ("gate", "value", "limit", "rows", "verdict")
+BRACKETS = "in brackets: a lower and an upper bound, each by itself with the confidence of the gate; without one, the 95% interval"
+"""What a table of gates says below."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,17 @@ class Judged:
         """The limit."""
         return f"{self.limit} {self.at:g}"
 
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """What a table says of it, under `COLUMNS`."""
+        return (
+            self.what,
+            f"{self.value:.4g}" + ("" if self.low is None or self.high is None else f" ({self.low:.4g} to {self.high:.4g})"),
+            self.wanted + ("" if self.confidence is None else f" with {_percent(self.confidence)} confidence"),
+            str(self.num_rows),
+            "passed" if self.passed else "FAILED",
+        )
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -104,21 +118,11 @@ class Verdict:
         disk.write_json(output / "table.json", self._table())
 
     def _table(self) -> dict[str, Any]:
-        rows = [
-            [
-                gate.what,
-                f"{gate.value:.4g}" + ("" if gate.low is None or gate.high is None else f" ({gate.low:.4g} to {gate.high:.4g})"),
-                gate.wanted + ("" if gate.confidence is None else f" with {_percent(gate.confidence)} confidence"),
-                str(gate.num_rows),
-                "passed" if gate.passed else "FAILED",
-            ]
-            for gate in self.gates
-        ]
-        notes = ["in brackets: a lower and an upper bound, each by itself with the confidence of the gate; without one, the 95% interval"]
+        notes = [BRACKETS]
         if self.failed:
             follows = "nothing builds on {}" if self.on_fail == "stop" else "on_fail: warn, so what builds on {} goes on"
             notes.append(f"failed: {follows.format(', '.join(dict.fromkeys(gate.policy for gate in self.failed)))}")
-        return {"columns": ["gate", "value", "limit", "rows", "verdict"], "rows": rows, "notes": notes}
+        return {"columns": list(COLUMNS), "rows": [list(gate.cells) for gate in self.gates], "notes": notes}
 
 
 def _percent(share: float) -> str:

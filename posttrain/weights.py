@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -23,6 +22,7 @@ from transformers.modeling_utils import load_state_dict
 
 from posttrain.footprint import read_header
 from posttrain.fsdp import whole
+from posttrain.ranks import of_all_ranks
 from posttrain.shards import split, write_index
 from posttrain.stage import StageContext
 
@@ -160,7 +160,7 @@ def write_weights(context: StageContext[Any], weights: Weights, dtype: torch.dty
             save_file(held, str(context.output / files[start + context.rank][0]), metadata={"format": "pt"})
     if context.is_main:
         write_index(context.output, shared_out, total_parameters=sum(map(torch.Tensor.numel, on_disk.values())))
-    return {name: of for part in _of_all_ranks(described, context.world_size) for name, of in part.items()}
+    return {name: of for part in of_all_ranks(described) for name, of in part.items()}
 
 
 def _convert_each(weights: Weights) -> dict[str, dict[str, torch.Tensor]] | None:
@@ -184,10 +184,3 @@ def _write_at_once(context: StageContext[Any], weights: Weights, dtype: torch.dt
     if context.is_main:
         weights.model.save_pretrained(context.output, state_dict=state, max_shard_size=max_shard_size)
     return described
-
-
-def _of_all_ranks(mine: Any, world_size: int) -> list[Any]:
-    every = [mine] * world_size
-    if world_size > 1:
-        dist.all_gather_object(every, mine)
-    return every

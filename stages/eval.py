@@ -3,6 +3,7 @@
 Measured, as far as the data have what it takes (docs/evaluation.md):
   nll          -1/N * sum over the assistant's tokens of log pi(token | all before it)           (conversations)
   text nll     the same of plain text, per token and in bits per byte: what was forgotten        (plain text)
+  token ECE    by how much the probability of the likeliest next token is off                    (conversations)
   preference   share of pairs with log pi(chosen) > log pi(rejected), the mean margin, and ECE   (preference pairs)
   <checker>    share of greedy answers that pass the checks their row carries                    (rows with `checks`)
   reward       mean reward of the answers, and how well the reward model tells pairs apart       (with a reward model)
@@ -21,7 +22,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from posttrain.config import INPUT_FILE, Config
+from posttrain.config import INPUT_FILE
+from posttrain.engine import EngineExecution
 from posttrain.error import UserError
 from posttrain.judging import Judge, RewardJudge
 from posttrain.stage import Role, Stage, StageConfig, StageContext
@@ -30,8 +32,8 @@ from posttrain.task_names import check_tasks
 TASK_FIELDS = ("num_fewshot", "limit", "apply_chat_template", "batch_size")
 
 
-class EvalExecution(Config):
-    """Where policies are held while they are measured."""
+class EvalExecution(EngineExecution):
+    """Where policies are held while they are measured, and what generates their answers."""
 
     bears_identity: ClassVar[bool] = False
 
@@ -74,6 +76,11 @@ class EvalConfig(StageConfig, EvalExecution):
                 f"{at}.ranks_per_policy: {num_processes} processes cannot be divided into groups of {self.ranks_per_policy}; "
                 f"give a divisor of {num_processes}"
             )
+        if self.use_vllm and (self.ranks_per_policy or 1) > 1:
+            raise UserError(
+                f"{at}.use_vllm: vLLM holds a policy on one rank, and ranks_per_policy: {self.ranks_per_policy} spreads it over several; "
+                "leave one of the two out"
+            )
         if self.tasks:
             check_tasks(self.tasks, f"{at}.tasks")
         elif idle := next((name for name in TASK_FIELDS if getattr(self, name) != type(self).model_fields[name].default), None):
@@ -83,6 +90,8 @@ class EvalConfig(StageConfig, EvalExecution):
         """Refuse to measure nothing, and a judge that is not there."""
         if "data" not in roles and not self.tasks:
             raise UserError(f"{at}.inputs.data: missing; name a dataset, or tasks under {at}.tasks")
+        if "data" not in roles and self.use_vllm:
+            raise UserError(f"{at}.use_vllm: has no effect without inputs.data, as transformers answers tasks; leave it out")
         if isinstance(self.judge, RewardJudge) and "reward" not in roles:
             raise UserError(f"{at}.inputs.reward: missing, and the judge reads it; name a reward model, or set {at}.judge.kind to endpoint")
 
@@ -90,7 +99,7 @@ class EvalConfig(StageConfig, EvalExecution):
 def prepare(context: StageContext[EvalConfig]) -> None:
     """Check that every policy renders every row, and that every check can be made; no model, no process group."""
     from posttrain import disk
-    from posttrain.evaluate import check_rewards, open_contracts, read_rows
+    from posttrain.evaluate import answers_by_vllm, check_rewards, open_contracts, read_rows
     from posttrain.judging import check_judge
     from posttrain.ledger import PREFLIGHT_FILE
 
@@ -101,8 +110,11 @@ def prepare(context: StageContext[EvalConfig]) -> None:
         rows.summary.extend(try_tasks(context))
     check_judge(context, rows)
     disk.write_json(context.directory / PREFLIGHT_FILE, {"summary": rows.summary})
-    for tokenizer, contract in open_contracts(context):
+    contracts = open_contracts(context)
+    for tokenizer, contract in contracts:
         rows.encode(tokenizer, contract, context.config.max_length)
+    if rows.rows:
+        answers_by_vllm(context, contracts)
     check_rewards(context, rows)
 
 
@@ -132,5 +144,5 @@ STAGE = Stage(
     output="report",
     prepare=prepare,
     run=run,
-    version=3,
+    version=4,
 )

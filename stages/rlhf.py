@@ -18,19 +18,18 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from posttrain.config import Config, nearest
+from posttrain.config import nearest
+from posttrain.engine import EngineExecution
 from posttrain.error import UserError
 from posttrain.recipe import TrainingConfig
 from posttrain.stage import Role, Stage, StageContext
 
 
-class EngineExecution(Config):
+class RolloutExecution(EngineExecution):
     """What samples, beside the model that is trained."""
 
     bears_identity: ClassVar[bool] = False
 
-    use_vllm: bool | None = None
-    """Whether vLLM samples; by default where it is installed and there is a GPU. A run that samples so does not repeat to the byte."""
     vllm_gpu_memory_utilization: float = Field(0.3, gt=0, le=1)
     """Share of a GPU's memory that vLLM takes beside training."""
     vllm_tensor_parallel_size: int = Field(1, ge=1)
@@ -39,7 +38,7 @@ class EngineExecution(Config):
     """Give vLLM's memory back while the policy is trained, at the cost of loading it again for each step."""
 
 
-class RLHFConfig(TrainingConfig, EngineExecution):
+class RLHFConfig(TrainingConfig, RolloutExecution):
     """What is rewarded, and how it is learned from."""
 
     bears_identity: ClassVar[bool] = True
@@ -149,7 +148,7 @@ def run(context: StageContext[RLHFConfig]) -> dict[str, float]:
 
     from posttrain.data.prepared import read_prepared
     from posttrain.data.samples import IGNORED
-    from posttrain.engine import Engine, wants_engine
+    from posttrain.engine import Engine, lacks_contract, wants_engine
     from posttrain.fit import OwnLoss, bare_model, fit, open_fitting
     from posttrain.forward import attach
     from posttrain.heldout import Heldout
@@ -204,7 +203,7 @@ def run(context: StageContext[RLHFConfig]) -> dict[str, float]:
                 self.is_over, self.batches.start_step = True, self.batches.num_steps
             return random
 
-    by_engine = wants_engine(context)
+    by_engine = wants_engine(context, lacks_contract(context.input("policy")))
     judges = [Judge(given, context.at) for given in context.inputs.get("reward", ())]  # before ZeRO-3, which would share them out too
     fitting = open_fitting(context, TrainingArguments)
     prepared = read_prepared(context)

@@ -9,16 +9,19 @@ model, of whatever family; `all` can do without).  Writes: dataset.  Each chunk 
 that was cut off goes on with the chunk that it was at.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from posttrain.engine import EngineExecution
 from posttrain.error import UserError
 from posttrain.stage import Role, Stage, StageConfig, StageContext
 
 
-class SampleConfig(StageConfig):
+class SampleConfig(StageConfig, EngineExecution):
     """How prompts are answered, and what is made of the answers."""
+
+    bears_identity: ClassVar[bool] = True
 
     output: Literal["pairs", "best", "all"] = "pairs"
     """What a prompt gives: the best and the worst answer as a pair, the best one, or all that came to an end."""
@@ -56,29 +59,32 @@ def prepare(context: StageContext[SampleConfig]) -> None:
     from posttrain import disk
     from posttrain.ledger import PREFLIGHT_FILE
     from posttrain.models import check_weights, load_tokenizer
-    from posttrain.sampling import check_reader, read_prompts
+    from posttrain.sampling import answers_by_vllm, check_reader, read_prompts
 
     for role in ("policy", "reward"):
         for given in context.inputs.get(role, ()):
             check_weights(given, context.at)
-    tokenizer, _ = load_tokenizer(context.input("policy"), context.at)
+    tokenizer, contract = load_tokenizer(context.input("policy"), context.at)
     found = read_prompts(context, tokenizer)
     if "reward" in context.inputs:
         check_reader(context, found.prompts)
+    answers_by_vllm(context, found.prompts, contract)
     disk.write_json(context.directory / PREFLIGHT_FILE, {"summary": found.summary})
 
 
 def run(context: StageContext[SampleConfig]) -> dict[str, float]:
     """Answer and rate this rank's share of the prompts; the main rank chooses and writes."""
+    from posttrain.engine import engine_name
     from posttrain.evaluate import Kept, gather
     from posttrain.models import load_tokenizer
-    from posttrain.sampling import answer_and_rate, read_prompts, write_rows
+    from posttrain.sampling import answer_and_rate, answers_by_vllm, read_prompts, write_rows
 
     tokenizer, contract = load_tokenizer(context.input("policy"), context.at)
     found = read_prompts(context, tokenizer)
-    mine = answer_and_rate(context, Kept(context), found.prompts, tokenizer, contract)
-    results = gather(mine, context.world_size)
-    return write_rows(context, found, results) if context.is_main else {}
+    is_vllm = answers_by_vllm(context, found.prompts, contract)
+    mine = answer_and_rate(context, Kept(context), found.prompts, tokenizer, contract, is_vllm=is_vllm)
+    results = gather(mine)
+    return write_rows(context, found, results, engine=engine_name(is_vllm=is_vllm)) if context.is_main else {}
 
 
 STAGE = Stage(
@@ -88,4 +94,5 @@ STAGE = Stage(
     output="dataset",
     prepare=prepare,
     run=run,
+    version=2,
 )

@@ -6,8 +6,11 @@ second for it instead of twenty.
 
 import json
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +183,26 @@ stages:
 """
     )
     return path
+
+
+@contextmanager
+def killing(process: str, when: Callable[[], bool]) -> Iterator[None]:
+    """Kill a process that a command starts meanwhile, named like `sft:run:1`, as soon as it is so."""
+    is_over = threading.Event()
+
+    def kill() -> None:
+        while not when():
+            if is_over.wait(0.01):
+                return
+        next(child for child in active_children() if child.name == process).kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        killer.join()
 
 
 def read_samples(stage: Path) -> list[dict[str, Any]]:

@@ -121,6 +121,17 @@ def test_pages_load_nothing_from_elsewhere(site: Site) -> None:
     assert [page for page in pages if 'class="mermaid"' in page.read_text(encoding="utf-8")] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_a_link_leads_somewhere_where_pages_are_read_in_the_repository_too(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, f"{path}#{anchor}"
+
+
 # --- what pages show -------------------------------------------------------------------------------------------------
 
 

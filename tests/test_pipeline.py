@@ -770,6 +770,16 @@ def test_status_without_a_config_lists_every_stage_of_every_run(project: Project
     assert all(name in table for name in rows)
 
 
+def test_status_says_how_far_a_stage_is_and_of_a_finished_one_that_it_is_finished(project: Project) -> None:
+    project.run("--until", "dpo")
+    for stage in ("sft", "dpo"):
+        (project.stage(stage) / "progress.json").write_text('{"phase": "train", "step": 3, "num_steps": 9}')
+    (project.stage("dpo") / "artifact.json").unlink()
+    sft, dpo = project.call("status", "--root", project.root).out.splitlines()[1:][::-1]
+    assert "finished" in sft and "train" not in sft
+    assert "train 3/9" in dpo and "finished" not in dpo
+
+
 def test_status_of_a_root_without_runs_is_empty(project: Project) -> None:
     assert json.loads(project.call("status", "--root", project.here / "none", "--json").out) == []
     assert not (project.here / "none").exists()
@@ -1038,6 +1048,12 @@ def test_help_is_no_error(posttrain: Callable[..., Any]) -> None:
         ended = posttrain(*arguments)
         assert (ended.code, ended.err) == (0, "")
         assert "Usage:" in ended.out
+
+
+def test_help_lists_commands_from_the_first_that_is_needed(posttrain: Callable[..., Any]) -> None:
+    listed = [line.split()[0] for line in posttrain("--help").out.partition("Commands:")[2].splitlines() if line.strip()]
+    assert listed[:2] == ["plan", "run"] and listed[-1] == "nodes"
+    assert listed == [name for name, command in pipeline.cli.commands.items() if not command.hidden]
 
 
 def test_chat_names_what_it_cannot_talk_to(project: Project) -> None:

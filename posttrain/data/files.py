@@ -121,7 +121,8 @@ def _read_jsonl(path: str) -> Records:
             record = json_text.parse(line)
         except json_text.BadJSON as error:
             column = "" if error.offset is None else f" at column {error.offset + 1}"
-            raise UserError(f"{position}: malformed JSON{column}: {error}") from None
+            mend = "" if ";" in str(error) else "; mend the line, or delete it"
+            raise UserError(f"{position}: malformed JSON{column}: {error}{mend}") from None
         yield position, _object(record, position)
 
 

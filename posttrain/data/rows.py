@@ -5,7 +5,7 @@ A row is what `formats` made of one record, so it may be relied upon: every cont
 tool calls has an empty one, a system message stands first or not at all, and both answers of a pair end with the assistant.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -93,6 +93,12 @@ def split_pairs(rows: Iterable[Row]) -> Iterator[Row]:
 
 def _trained(messages: list[Message], train: bool) -> list[Message]:
     return [{**message, "train": train} if message["role"] == "assistant" else message for message in messages]
+
+
+def pick_evenly(indices: Sequence[int], count: int) -> set[int]:
+    """So many of the rows, or all if they are fewer, evenly spread."""
+    most = min(count, len(indices))
+    return {indices[number * len(indices) // most] for number in range(most)}
 
 
 def prompt_text(row: AnyRow) -> str:

@@ -357,7 +357,8 @@ def _raise_failure(directory: Path, attempt: Attempt, code: int, said: Sequence[
         raise Preempted(f"{at} was asked to stop and saved its state")
     begins = int(re.split("[,-]", first[2])[0]) if first else 0
     if first and not how.startswith("Exited with exit code"):
-        raise lookout.died(begins, f"rank {first[2]} ended on {first[1]} ({how})")
+        hint = "; out of memory is the usual reason" if how == "Killed" else ""
+        raise lookout.died(begins, f"rank {first[2]} ended on {first[1]} ({how}){hint}")
     for rank in sorted(range(attempt.num_processes), key=lambda rank: rank != begins):
         if record := disk.read_json(logs / ERROR_FILE.format(rank=rank)):
             if record["kind"] == "user":

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain.metrics import duels, evidence
-from posttrain.metrics.calibration import calibration_gaps
+from posttrain.metrics.calibration import calibration_gaps, token_gaps
 from posttrain.metrics.generated import is_looping, was_asked
 from posttrain.metrics.metric import load_metric
 from posttrain.metrics.paired import Comparison, Interval, compare, interval
@@ -193,6 +193,8 @@ def measure_results(results: Iterable[Mapping[str, Any]]) -> dict[str, Measured]
     measured: dict[str, Measured] = {}
     if found := by_row("nll"):
         measured["nll"] = _nll(found)
+        if binned := {row: result for row, result in found.items() if "bin_tokens" in result}:
+            measured["token ECE"] = _token_calibration(binned)
     if found := by_row("text"):
         measured |= _text(found)
     if chosen := by_row("chosen"):
@@ -232,6 +234,11 @@ def _nll(results: dict[int, Mapping[str, Any]]) -> Measured:
     )
     weights = {row: float(result["num_tokens"]) for row, result in results.items()}
     return Measured(computed["nll"], dict(zip(results, computed["scores"], strict=True)), weights)
+
+
+def _token_calibration(results: dict[int, Mapping[str, Any]]) -> Measured:
+    gaps = token_gaps(list(results.values())).tolist()
+    return _scored({"row": row, "score": gap, "weight": results[row]["num_tokens"]} for row, gap in zip(results, gaps, strict=True))
 
 
 def _text(results: dict[int, Mapping[str, Any]]) -> dict[str, Measured]:

@@ -21,6 +21,7 @@ from posttrain.metrics.measured import (
     p_value_of,
     shared_rows,
 )
+from posttrain.metrics.paired import Comparison
 
 
 def compare_measured(measured: Mapping[str, Mapping[str, Measured]], *, confidence: float, seed: int) -> list[dict[str, Any]]:
@@ -54,30 +55,25 @@ def _difference(base: Measured, got: Measured, confidence: float, seed: int) -> 
     if shared is None:
         return {"comparable": False}
     difference = compare_shared(shared, confidence=confidence, seed=seed)
-    return {
-        "comparable": True,
-        "value": difference.difference,
-        "low": difference.low,
-        "high": difference.high,
-        "num_rows": difference.num_rows,
-        "p": p_value_of(shared, seed=seed),
-        "detectable": detectable_of(shared, confidence=confidence),
-        "is_share": shared.are_passed,
-    }
+    p, detectable = p_value_of(shared, seed=seed), detectable_of(shared, confidence=confidence)
+    return {"comparable": True, **_told(difference, p, detectable, is_share=shared.are_passed)}
 
 
 def _from_even(got: Measured, confidence: float, seed: int) -> dict[str, Any]:
     difference = compare_even(got, confidence=confidence, seed=seed)
+    p, detectable = p_value_even(got, seed=seed), detectable_even(got, confidence=confidence)
+    return {"comparable": True, "even": got.even, **_told(difference, p, detectable, is_share=True)}
+
+
+def _told(difference: Comparison, p: float, detectable: float | None, *, is_share: bool) -> dict[str, Any]:
     return {
-        "comparable": True,
-        "even": got.even,
         "value": difference.difference,
         "low": difference.low,
         "high": difference.high,
         "num_rows": difference.num_rows,
-        "p": p_value_even(got, seed=seed),
-        "detectable": detectable_even(got, confidence=confidence),
-        "is_share": True,
+        "p": p,
+        "detectable": detectable,
+        "is_share": is_share,
     }
 
 

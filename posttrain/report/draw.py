@@ -20,8 +20,10 @@ WIDTH, HEIGHT = 340.0, 170.0
 """Of the picture, in its own units; the page scales it."""
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 8.0, 6.0, 20.0
 """Room around the curves, for the labels of the ticks."""
-SIZE = 8.0
-"""Of the text of ticks."""
+SIZE = 9.5
+"""Of the text of ticks, for which there is to be room; the page says how large it is."""
+PAD = 5.0
+"""Between the curves and the labels of the ticks."""
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.2, 1.5, 1.2)))
 """Of the first, second, ... curve, so that colour is not all that tells them apart."""
 NUM_COLOURS = 6
@@ -102,7 +104,9 @@ def _dress(axes: "Axes") -> None:
     axes.margins(x=0.01, y=0.06)
     axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.tick_params(bottom=False, left=False, labelcolor=TEXT, pad=3)
+    axes.tick_params(length=0, labelcolor=TEXT, pad=PAD)
+    # Beside the labels of the steps, where nothing else stands.
+    axes.annotate("step", (0, 0), (-10, -PAD), "axes fraction", "offset points", color=TEXT, ha="right", va="top")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     for axis in (axes.xaxis, axes.yaxis):
@@ -114,7 +118,7 @@ def _clean(svg: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<defs>.*?</defs>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<svg[^>]*>", f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" aria-hidden="true" focusable="false">', svg, count=1)
-    svg = re.sub(r' (?:id|clip-path)="[^"]*"| transform="rotate\(-0 [^"]*"|font-family: [^;]*; ', "", svg)
+    svg = re.sub(r' (?:id|clip-path)="[^"]*"| transform="rotate\(-0 [^"]*"|font-(?:family|size): [^;]*; ', "", svg)
     svg = re.sub(r' (d|x|y)="([^"]*)"', lambda found: f' {found[1]}="{_round(found[2])}"', svg)
     svg = re.sub(r"#0a0b[0-9a-f]{2}", lambda found: COLOURS[found[0]], svg)
     return re.sub(r"\s*\n\s*", " ", re.sub(r"</?g>\s*", "", svg)).strip()

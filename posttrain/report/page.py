@@ -38,10 +38,15 @@ STATES = {
     "blocked": "blocked by a gate",
 }
 LOWER_IS_BETTER = {
-    "nll", "text nll", "text bits per byte", "preference ECE", "over_refusal", "unstopped", "repetition", "looping", "language drift",
+    "nll", "token ECE", "text nll", "text bits per byte", "preference ECE", "over_refusal", "unstopped", "repetition", "looping",
+    "language drift",
 }  # fmt: skip
 NEITHER_IS_BETTER = {"preference margin", "answer tokens"}
 """The one grows and shrinks with how sure a policy is of all that it says; of the other it depends on what was asked."""
+DECIMALS = {"answer tokens": 1, "preference margin": 2}
+"""Of what is not a share or of its size, for which three would claim too much."""
+SIGNIFICANCE = 0.05
+"""A difference whose p is not below is not called better or worse, whatever its interval says: of many, some are apart by chance alone."""
 
 
 def run_page(run: RunReport, *, watch: bool = False) -> str:
@@ -96,6 +101,9 @@ def _environment() -> "Environment":
         "charts_of": curves.charts_of,
         "overlaid": curves.overlaid,
         "verdict": verdict,
+        "hint": _hint,
+        "plain": lambda metric: f"%.{DECIMALS.get(metric, 3)}f",
+        "signed": lambda metric: f"%+.{DECIMALS.get(metric, 3)}f",
         "forest": _forest,
         "gate_line": _gate_line,
         "fate": _fate,
@@ -154,16 +162,26 @@ def _tiles(run: RunReport) -> list[dict[str, str]]:
             values = [_as_share(name, cell.value) for cell in cells]
             chosen = stage.evaluation.policies[-1]
             before = ", ".join(f"{policy} {value}" for policy, value in zip(stage.evaluation.policies[:-1], values[:-1], strict=True))
-            tiles.append({"title": f"{name}, {chosen}", "value": values[-1], "more": f"{before}" if before else stage.name})
+            if cells[-1].low is not None and len(cells) > 1:
+                found = verdict(name, cells[-1].low, cells[-1].high, cells[-1].p)
+                told = {"good": "better than", "bad": "worse than", "even": "no clear difference from"}[found]
+                before += f"; {told} {stage.evaluation.policies[0]}"
+            tiles.append({"title": f"{name}, {chosen}", "value": values[-1], "more": before or stage.name})
     for stage in run.stages:
         if stage.curation:
             kept = stage.curation.num_rows_out / max(1, stage.curation.num_rows_in)
             more = f"{stage.curation.num_rows_out:,} of {stage.curation.num_rows_in:,}"
             tiles.append({"title": f"rows kept by {stage.name}", "value": f"{kept:.0%}", "more": more})
     tiles = tiles[:3]
-    done = sum(stage.is_finished for stage in run.stages)
-    tiles.append({"title": "stages finished", "value": f"{done} of {len(run.stages)}", "more": ", ".join(s.name for s in run.stages)})
-    hours = f"{run.process_hours:.2g} process-hours"
+    if verdicts := [stage.verdict for stage in run.stages if stage.verdict]:
+        failed = [gate for found in verdicts for gate in found.failed]
+        num_gates = sum(len(found.gates) for found in verdicts)
+        more = f"failed: {', '.join(f'{gate.metric} of {gate.policy}' for gate in failed)}" if failed else "all"
+        tiles.append({"title": "gates passed", "value": f"{num_gates - len(failed)} of {num_gates}", "more": more})
+    unfinished = [stage.name for stage in run.stages if not stage.is_finished]
+    more = f"not yet: {', '.join(unfinished)}" if unfinished else "all"
+    tiles.append({"title": "stages finished", "value": f"{len(run.stages) - len(unfinished)} of {len(run.stages)}", "more": more})
+    hours = f"{curves.show_number(run.process_hours)} process-hours"
     tiles.append({"title": "wall time", "value": show_duration(run.seconds), "more": hours})
     return tiles
 
@@ -175,11 +193,18 @@ def _as_share(name: str, value: float | None) -> str:
     return f"{value:.1%}" if is_share else f"{value:.3f}"
 
 
-def verdict(metric: str, low: float | None, high: float | None) -> str:
-    """Whether an interval of a difference says `good` or `bad`, or leaves it open: `even`."""
+def verdict(metric: str, low: float | None, high: float | None, p: str = "") -> str:
+    """Whether the interval of a difference, and its p where there is one, say `good` or `bad`, or leave it open: `even`."""
     if low is None or high is None or low <= 0 <= high or metric in NEITHER_IS_BETTER:
         return "even"
+    if p and float(p.removeprefix("<")) >= SIGNIFICANCE:
+        return "even"
     return "good" if (high < 0) == (metric in LOWER_IS_BETTER) else "bad"
+
+
+def _hint(metric: str) -> str:
+    """Which way a metric is better, where that is not plain."""
+    return "lower is better" if metric in LOWER_IS_BETTER else ""
 
 
 def _forest(cell: Any, cells: Iterable[Any]) -> dict[str, float] | None:

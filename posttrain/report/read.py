@@ -416,13 +416,21 @@ def _read_curation(output: Path) -> Curation | None:
         shown[key] = shown.get(key, 0) + 1
         if shown[key] <= MAX_DROPPED:
             told = {name: str(line.get(name) or "") for name in ("origin", "step", "reason", "detail", "match")}
+            told["detail"] = told["detail"].removeprefix(f"{told['origin']}: ")  # nothing is to be said twice
+            told["reason"] = told["reason"].removeprefix(f"{told['step']}: ")
             dropped.append(Dropped(**told, text=shorten(_row_text(line.get("row")), 600)))
     try:
         steps = [
-            {name: step[name] for name in ("step", "rows_out", "dropped", "changed", "reasons", "settings")} for step in report["steps"]
+            {
+                **{name: step[name] for name in ("step", "rows_out", "dropped", "changed", "settings")},
+                "reasons": {reason.removeprefix(f"{step['step']}: "): count for reason, count in step["reasons"].items()},
+            }
+            for step in report["steps"]
         ]
+        order = {step["step"]: place for place, step in enumerate(steps)}
+        dropped.sort(key=lambda row: (order.get(row.step, len(order)), row.reason))
         return Curation(report["num_rows_in"], report["num_rows_out"], steps, dropped)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         return None
 
 
@@ -512,8 +520,10 @@ def _show_check(check: str) -> str:
     try:
         read = json.loads(check)
         kind = read.pop("kind")
+        if kind == "instruction":
+            kind = read.pop("id")  # says it all
         given = (f"{name} {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}" for name, value in read.items())
-        return f"{kind}: {', '.join(given)}"
+        return ": ".join(filter(None, (str(kind), ", ".join(given))))
     except (ValueError, AttributeError, KeyError):
         return check
 

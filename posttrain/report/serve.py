@@ -5,11 +5,13 @@ only where it names this machine as its host. Nothing is served but the page, an
 """
 
 import hashlib
+import sys
 import threading
 import time
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from posttrain.error import UserError
 
@@ -29,6 +31,11 @@ class PageServer(ThreadingHTTPServer):
         self._render = render
         self._making = threading.Lock()
         self._made: tuple[float, bytes] | None = None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a browser that left before it had its answer, such as a tab that was closed."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:

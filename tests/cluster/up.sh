@@ -30,14 +30,15 @@ install -d -m 755 "$here/socket"
 munged --force --key-file="$here/munge/key" --seed-file="$here/munge/seed" --socket="$here/socket/munge" \
   --log-file="$here/munge/log" --pid-file="$here/pid/munged"
 
-# cred_expire: a requeued job starts again once its credential has run out. GraceTime: what a preempted job has to save.
+# cred_expire: a requeued job starts again once its credential has run out; below 5 seconds it is taken for two minutes, and a slow
+# machine has to start ranks within it. GraceTime: what a preempted job has to save.
 cat > "$here/slurm.conf" <<CONF
 ClusterName=posttrain
 SlurmctldHost=head(${address[head]})
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$here/socket/munge,cred_expire=4
+AuthInfo=socket=$here/socket/munge,cred_expire=10
 CredType=cred/munge
 StateSaveLocation=$here/state
 SlurmdSpoolDir=$here/spool.%n

@@ -20,6 +20,7 @@ from posttrain.artifact import Artifact, read_artifact
 from posttrain.card import Check, make_card
 from posttrain.chat import read_contract
 from posttrain.config import ModelSource
+from posttrain.disk import read_sealed, write_sealed
 from posttrain.error import UserError
 from posttrain.export import push_to_hub
 from posttrain.report import read
@@ -54,9 +55,17 @@ stages:
   sft: {{inputs: {{policy: base, data: chat}}, learning_rate: 1e-3, {training}}}
   reward: {{inputs: {{policy: sft, data: prefs}}, {training}}}
   eval: {{inputs: {{policies: [base, sft], data: [chat, prefs]}}, max_new_tokens: 8}}
+  kept:
+    kind: gate
+    inputs: {{reports: eval}}
+    gates:
+      - {{metric: nll, max: 100, confidence: 0.95}}
+      - {{metric: preference accuracy, vs: base, min_rise: 2}}
+      - {{metric: nll, policy: base, max: 100}}
+    on_fail: warn
   later: {{kind: dpo, inputs: {{policy: sft, data: prefs}}, {training}}}
 """)
-        ended = posttrain("run", here / "pipeline.yaml", "--root", here / "runs", "--until", "eval")
+        ended = posttrain("run", here / "pipeline.yaml", "--root", here / "runs", "--until", "kept")
         assert ended.code == 0, ended.err
         done["config"] = here / "pipeline.yaml"
     found: Path = done["config"]
@@ -147,6 +156,37 @@ def test_the_card_says_what_was_measured_and_where_it_comes_from(exported: Path,
     for private in (str(config.parent), str(REPOSITORY)):
         assert private not in card.content
     assert socket.gethostname() not in card.text.split()
+
+
+def test_the_card_says_what_the_gates_found(exported: Path, config: Path) -> None:
+    judged = json.loads((artifact_of(config, "kept").output / "verdict.json").read_text())["gates"]
+    bounds = [f"{gate['value']:.4g} ({gate['low']:.4g} to {gate['high']:.4g})" for gate in judged]
+    text = ModelCard.load(exported / "README.md").text
+    gates = text.partition("### Gates")[2].partition("## ")[0]
+    rows = [[cell.strip("` ") for cell in line.split("|")[1:-1]] for line in gates.splitlines()]
+    assert [row for row in rows if row[:1] == ["kept"]] == [
+        ["kept", "nll of sft", bounds[0], "max 100 with 95% confidence", str(judged[0]["num_rows"]), "passed"],
+        ["kept", "rise of preference accuracy from base to sft", bounds[1], "min_rise 2", str(judged[1]["num_rows"]), "FAILED"],
+    ]
+    assert "- A gate that it was held against failed, in `kept`: `rise of preference accuracy from base to sft is " in text
+
+
+def test_what_gates_found_of_another_evaluation_is_not_on_the_card(config: Path, tmp_path: Path) -> None:
+    shutil.copytree(config.parent / "runs" / "r", tmp_path / "r")
+    reads = {"sft": {"policy": ["base"]}, "eval": {"policies": ["base", "sft"]}, "kept": {"reports": ["eval"]}}
+    kinds = {"sft": "sft", "eval": "eval", "kept": "gate"}
+    rows = [{"stage": name, "kind": kinds[name], "action": "skip", "why": "", "inputs": reads[name]} for name in reads]
+
+    def has_gates() -> bool:
+        return "### Gates" in make_card(read.read_run(tmp_path / "r", rows), "sft", {}, []).text
+
+    assert has_gates()
+    artifact_file = tmp_path / "r" / "kept" / "artifact.json"
+    payload = read_sealed(artifact_file)
+    assert payload is not None
+    payload["inputs"]["eval"]["id"] = "0" * 32
+    write_sealed(artifact_file, payload)
+    assert not has_gates()
 
 
 def test_a_reward_model_is_exported_with_what_it_measured(export: Callable[..., Ended], config: Path, tmp_path: Path) -> None:
@@ -331,7 +371,7 @@ def test_a_licence_is_no_part_of_what_is_built(posttrain: Cli, config: Path) -> 
     plans = [posttrain("plan", config, "--root", root, "--json", *overrides) for overrides in ([], licences)]
     rows = [[(row["stage"], row["fingerprint"], row["action"]) for row in json.loads(ended.out)] for ended in plans]
     assert rows[0] == rows[1]
-    assert [action for _, _, action in rows[0]] == ["skip", "skip", "skip", "run"]
+    assert [action for _, _, action in rows[0]] == ["skip", "skip", "skip", "skip", "run"]
 
 
 def test_the_licence_of_a_base_is_read_off_its_own_card(config: Path, tmp_path: Path) -> None:

@@ -384,6 +384,23 @@ def test_a_scorer_gives_what_plain_passes_give_in_the_fastest_exact_layout(archi
                     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["llama, GQA", "bloom"])
+def test_a_scorer_says_how_sure_each_counted_token_was_predicted(architecture: str) -> None:
+    scorer, alone = Scorer(fresh(architecture), longest=48, pad=0), built(architecture)
+    groups = GROUPS["conversations"]
+    for group, (found,) in zip(groups, scorer.predict(groups), strict=True):
+        (branch,) = group.branches
+        (counted,) = group.counted
+        ids = [*group.prefix, *branch]
+        with torch.no_grad():
+            probs = alone(torch.tensor([ids])).logits[0].softmax(-1).numpy()
+        places = [place for place in range(1, len(ids)) if [*[False] * len(group.prefix), *counted][place]]  # nothing predicts the first
+        before = probs[[place - 1 for place in places]]
+        np.testing.assert_allclose(found.top_probs, before.max(axis=1), rtol=1e-4)
+        assert found.is_top1.tolist() == [float(row.argmax() == ids[place]) for row, place in zip(before, places, strict=True)]
+        np.testing.assert_allclose(found.log_probs, np.log(before[np.arange(len(places)), [ids[place] for place in places]]), atol=1e-4)
+
+
 @pytest.mark.real
 def test_a_real_model_is_scored_as_a_plain_pass_scores_it(stories: Any) -> None:
     alone = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)

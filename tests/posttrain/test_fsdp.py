@@ -1,14 +1,9 @@
 """FSDP2 learns what one process learns, in every stage that trains, and its checkpoints are those of any other way to train."""
 
 import json
-import os
 import shutil
-import signal
-import threading
-import time
 from collections.abc import Callable
 from math import prod
-from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +20,7 @@ from posttrain.fit import check_preparations
 from posttrain.stage import StageContext
 from stages.rlhf import RLHFConfig
 from stages.sft import SFTConfig
-from tests.conftest import Ended, read_lines
+from tests.conftest import Ended, killing, read_lines
 
 Cli = Callable[..., Ended]
 TWO = "launcher.num_processes=2"
@@ -139,17 +134,8 @@ LONG = ("stages.only.max_steps=16", "stages.only.save_steps=4", "stages.only.mic
 def cut(posttrain: Cli, path: Path, root: Path, *overrides: str) -> Path:
     """The stage, one of whose two ranks was killed after a checkpoint; its root."""
     stage = root / "test" / "only"
-
-    def kill_one() -> None:
-        while last_complete(stage / "checkpoints") is None:
-            time.sleep(0.01)
-        victim = next(child for child in active_children() if child.name == "only:run:1")
-        os.kill(victim.pid or 0, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    ended = posttrain("run", path, "--root", root, *LONG, *overrides)
-    killer.join()
+    with killing("only:run:1", when=lambda: last_complete(stage / "checkpoints") is not None):
+        ended = posttrain("run", path, "--root", root, *LONG, *overrides)
     assert ended.code == 1, ended.err
     return root
 

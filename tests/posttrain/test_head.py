@@ -39,7 +39,8 @@ def by_definition(hidden: Any, weight: Any, bias: Any, targets: torch.Tensor, **
         -(log_probs.exp() * log_probs).sum(dim=1),
         log_probs.exp().square().sum(dim=1).log(),
         logits.mean(dim=1),
-        wanted == log_probs.max(dim=1).values,
+        logits.argmax(dim=1) == targets,
+        log_probs.exp().max(dim=1).values,
     )
 
 
@@ -126,7 +127,7 @@ def test_only_log_probs_carry_a_gradient() -> None:
 
 def test_what_is_not_asked_for_is_zero() -> None:
     found = score(*inputs(), outputs=["log_probs"])
-    assert not found.entropy.any() and not found.mean_logits.any() and not found.log_sum_sq_probs.any()
+    assert not any(getattr(found, name).any() for name in ("entropy", "mean_logits", "log_sum_sq_probs", "top_probs"))
 
 
 def test_logits_far_beyond_the_range_of_exp_are_no_matter() -> None:
@@ -138,9 +139,10 @@ def test_logits_far_beyond_the_range_of_exp_are_no_matter() -> None:
     assert found.entropy.isfinite().all()
 
 
-def test_of_equally_likely_tokens_each_is_the_likeliest() -> None:
-    found = score(torch.ones(2, 3), torch.ones(5, 3), None, torch.tensor([0, 4]))
-    assert found.is_top1.tolist() == [True, True]
+def test_of_equally_likely_tokens_the_first_is_the_likeliest_as_argmax_has_it() -> None:
+    found = score(torch.ones(2, 3), torch.ones(5, 3), None, torch.tensor([0, 4]), outputs=["top_probs"])
+    assert found.is_top1.tolist() == [True, False]
+    assert found.top_probs.tolist() == pytest.approx([0.2, 0.2])
     assert found.log_probs.tolist() == pytest.approx([-torch.tensor(5.0).log().item()] * 2)
 
 

@@ -114,6 +114,14 @@ def test_a_row_that_asks_what_an_evaluation_asks_is_refused_whatever_its_case_an
     assert run(CLEAN, "stages.sft.preflight.held_out=0.1", heldout=[("What  is 7?", "x")]).code == 0
 
 
+def test_a_row_that_an_evaluation_would_refuse_is_told_before_anything_is_trained(run, tmp_path):
+    rows = [("new?", ""), ("newer?", "x")]
+    line = refused(run(CLEAN, heldout=rows))
+    assert f"{tmp_path}/heldout.jsonl:1: completion: is empty" in line
+    assert line.endswith("(in heldout, which is measured on later; `invalid_rows: drop` there leaves such rows out)")
+    assert run(CLEAN, "sources.heldout.invalid_rows=drop", heldout=rows).code == 0
+
+
 def test_a_source_is_kept_apart_from_its_own_held_out_side(run, tmp_path):
     overrides = ["sources.chat.held_out=0.3", "sources.chat.part=train"]
     heldout = [f"sources.heldout.{key}" for key in (f"data={tmp_path}/data.jsonl", "held_out=0.3", "part=held_out")]

@@ -6,7 +6,14 @@ import pytest
 
 from posttrain.results import FILE, read_results, write_results
 
-SETTINGS = {"weights": "w", "contract": "c", "stop_tokens": ["<|im_end|>"], "max_new_tokens": 8, "is_greedy": True}
+SETTINGS = {
+    "engine": "vllm 0.25.0",
+    "weights": "w",
+    "contract": "c",
+    "stop_tokens": ["<|im_end|>"],
+    "max_new_tokens": 8,
+    "is_greedy": True,
+}
 RESULTS = [
     {"policy": "a", "row": 0, "origin": "x.jsonl:1", "measure": "nll", "logp": -1.5, "num_tokens": 3},
     {

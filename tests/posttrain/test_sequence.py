@@ -4,17 +4,13 @@
 """
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from multiprocessing import active_children, get_context
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +27,7 @@ from posttrain.layout import Unsupported
 from posttrain.planner import Job, memory, shape_of
 from posttrain.planner import time as foretold_time
 from posttrain.sequence import Piece, Team, team_of, why_never_exact
-from tests.conftest import REPOSITORY, Ended, read_lines
+from tests.conftest import REPOSITORY, Ended, killing, read_lines
 from tests.posttrain.test_forward import BOTH, GROUPS, assert_same, fresh, learned, ours, plain
 from tests.posttrain.test_planner import LLAMA_7B, config, llama
 
@@ -242,17 +238,8 @@ def test_a_team_that_is_killed_goes_on_to_the_same_bytes_and_another_number_of_r
     team = ("num_processes=2", "sequence_parallel_size=2")
     whole, root = train(posttrain, chain, tmp_path / "whole", "sft", *options, *team), tmp_path / "cut"
     metrics = root / "test" / "sft" / "metrics.jsonl"
-
-    def kill_one() -> None:
-        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 10):
-            time.sleep(0.01)
-        victim = next(child for child in active_children() if child.name == "sft:run:1")
-        os.kill(victim.pid or 0, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    ended = posttrain("run", chain, "--root", root, "--only", "sft", *(f"stages.sft.{each}" for each in (*options, *team)))
-    killer.join()
+    with killing("sft:run:1", when=lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 10):
+        ended = posttrain("run", chain, "--root", root, "--only", "sft", *(f"stages.sft.{each}" for each in (*options, *team)))
     assert ended.code == 1 and "rank 1 ended (killed by SIGKILL)" in ended.err
     shutil.copytree(root, tmp_path / "other")
     same = train(posttrain, chain, root, "sft", *options, *team)

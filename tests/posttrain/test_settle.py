@@ -73,6 +73,15 @@ def test_zero_shares_out_what_is_to_come(stage: int | None, of_each: float) -> N
     assert bytes_to_come(call, model, 4) == 300 * of_each
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes here")
+def test_who_could_compute_in_bfloat16_on_this_cpu_and_does_not_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else pytest.skip("no flags of the CPU are to be read here")
+    settled(tmp_path)
+    assert ("`bf16: true`" in capsys.readouterr().out) == ("avx512_bf16" in flags or "amx_bf16" in flags)
+    settled(tmp_path, bf16=False)
+    assert "bf16" not in capsys.readouterr().out, "who has decided is not asked again"
+
+
 # --- the layout --------------------------------------------------------------------------------------------------------
 
 

@@ -194,6 +194,19 @@ def test_what_passed_is_not_tried_again_until_it_is_another_recipe_or_computed_o
     assert project.done("run", "stages.sft.max_length=500", "--until", "sft", "--no-smoke") == ["sft"]
 
 
+def test_a_plan_tells_of_what_passed_in_any_run_and_of_what_failed_in_its_own(project: Project) -> None:
+    project.failures["(dpo) 1"] = ("train", StageFailed("stages.dpo: rank 0 was lost"))
+    project.ended("smoke", "--until", "dpo")
+    own, other = project.smokes(), project.smokes("run=other")
+    assert [(own[name] or "").partition(":")[0] for name in TRAINS] == ["passed", "passed", "failed", "due"]
+    assert [(other[name] or "").partition(":")[0] for name in TRAINS] == ["passed", "passed", "due", "due"]
+    assert (other["sft"], other["reward"]) == (own["sft"], own["reward"])
+    assert project.smokes("stages.sft.learning_rate=1e-3") == {**own, **dict.fromkeys(TRAINS, "due")}, "another recipe, and all above it"
+    for choice in ("smoke=false", "smoke=[rlhf]"):
+        told = project.smokes(choice)
+        assert (told["sft"], told["dpo"], told["rlhf"]) == (own["sft"], own["dpo"], "due" if "rlhf" in choice else None)
+
+
 def test_a_chat_template_that_a_stage_above_brings_goes_with_the_policy_that_stands_for_its_own(project: Project) -> None:
     (project.here / "t.jinja").write_text("{{ messages }}")
     template = f"stages.sft.chat_template={project.here}/t.jinja"

@@ -15,13 +15,13 @@ from posttrain.config import read_pipeline
 from tests.conftest import REPOSITORY, Ended, read_lines
 
 
-def test_torchrun_prepares_trains_and_verifies_within_one_launch(
+def test_torchrun_prepares_trains_under_zero_3_and_verifies_within_one_launch(
     posttrain: Callable[..., Ended], pipeline_file: Path, tmp_path: Path
 ) -> None:
     ended = posttrain("run", pipeline_file, "--root", tmp_path / "local", "--only", "sft")
     assert ended.code == 0, ended.err
     root = tmp_path / "torchrun"
-    node = plan(read_pipeline(pipeline_file), root)[0]
+    node = plan(read_pipeline(pipeline_file, ["stages.sft.deepspeed=ds_configs/zero3.json"]), root)[0]
     node.directory.mkdir(parents=True)
     ledger.start_attempt(
         node.directory,

@@ -108,6 +108,8 @@ def test_what_is_curated_can_be_curated_again_and_nothing_more_is_found(posttrai
     config.write_text(json.dumps(chain))
     ended = posttrain("run", config, "--root", tmp_path / "runs")
     assert ended.code == 0, ended.err
+    # What a stage did to the rows is told before the next one reads them.
+    assert ended.out.index("37.5% of the rows are kept") < ended.out.index("again  run") < ended.out.index("100.0% of the rows are kept")
     again = DataSource(data=str(tmp_path / "runs" / "r" / "again" / "output" / "rows.jsonl"))
     states = [[{**to_state(row), "origin": ""} for row in rows] for rows in (kept_rows(tmp_path / "runs"), open_source(again, "x").rows())]
     assert states[0] == states[1]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -140,6 +142,27 @@ def test_nll_is_that_of_the_answers_tokens_and_their_stop(chain: Path) -> None:
     assert metrics(chain)["sft.nll"] == pytest.approx(-sum(logps) / sum(len(answer) for _, answer in pairs), rel=1e-5)
 
 
+def test_calibration_of_tokens_is_that_of_plain_transformers_over_all_of_them(chain: Path) -> None:
+    for policy in ("sft", "dpo"):
+        path = chain / policy / "output"
+        tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
+        confidence: list[float] = []
+        right: list[bool] = []
+        for n in range(4):
+            prompt, answer = encode_answer(tokenizer, f"how many birds? {n}", f"there are {n}")
+            with torch.no_grad():
+                probs = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].softmax(-1)
+            confidence += probs.max(-1).values.tolist()
+            right += (probs.argmax(-1) == torch.tensor(answer)).tolist()
+        bins = np.minimum((np.array(confidence) * 15).astype(int), 14)
+        gaps = [abs(sum(confidence[i] - right[i] for i in np.flatnonzero(bins == number))) for number in range(15)]
+        assert metrics(chain)[f"{policy}.token ECE"] == pytest.approx(sum(gaps) / len(bins), rel=1e-4)
+    table = read_json(chain / "eval" / "output" / "table.json")
+    told = {result["policy"]: result for result in table["results"] if result["metric"] == "token ECE"}
+    assert told["base"]["low"] <= told["base"]["value"] <= told["base"]["high"]
+    assert told["sft"]["difference"]["value"] == pytest.approx(told["sft"]["value"] - told["base"]["value"])
+
+
 def test_preference_is_measured_on_whole_answers(chain: Path, pairs_file: Path) -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(chain / "dpo/output"), AutoModelForCausalLM.from_pretrained(chain / "dpo/output")
     margins = []
@@ -206,7 +229,8 @@ def test_some_rows_without_checks_are_answered_and_count_for_nothing(posttrain: 
         assert [answer["row"] for answer in answers] == found
         assert all(answer["checks"] == [] for answer in answers)
         ends = {"answer tokens", "unstopped", "repetition", "looping"} if found else set()
-        assert set(metrics(run)) == {f"base.{n}" for n in ("nll", "preference accuracy", "preference margin", "preference ECE", *ends)}
+        scored = {"nll", "token ECE", "preference accuracy", "preference margin", "preference ECE"}
+        assert set(metrics(run)) == {f"base.{name}" for name in scored | ends}
 
 
 def test_what_another_run_measured_is_not_measured_again(posttrain: Cli, wide_file: Path, checked_file: Path, chain: Path) -> None:
@@ -392,3 +416,126 @@ def test_what_is_no_reward_model_and_what_only_eval_reads_are_refused_in_a_line(
     ):
         ended = posttrain("run", wide_file, "--root", tmp_path, *options)
         assert ended.code == 2 and said in ended.err and len(ended.err.strip().splitlines()) == 1, ended.err
+
+
+def scaled(policy: Path, path: Path) -> Path:
+    """A copy of a policy with other weights."""
+    shutil.copytree(policy, path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(torch.linspace(0.5, 1.5, len(model.model.norm.weight)))
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def two_file(chain: Path, wide_file: Path, tmp_path: Path) -> Path:
+    """An evaluation of two published policies, of which the second says other things, on the rows of `wide`."""
+    text = wide_file.read_text().partition("stages:\n")[0]
+    one, two = chain / "sft" / "output", scaled(chain / "sft" / "output", tmp_path / "two")
+    sources = f"  one: {{model: {one}}}\n  two: {{model: {two}}}\nstages:\n"
+    inputs = "{policies: [one, two], data: [turns, refusals, prefs]}"
+    stage = f"  asked: {{kind: eval, inputs: {inputs}, max_new_tokens: 8, max_length: {WIDE_LENGTH}}}\n"
+    path = tmp_path / "two.yaml"
+    path.write_text(text + sources + stage)
+    return path
+
+
+ANSWER = ("row", "turn", "answer", "num_tokens", "ended", "verdicts")
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_vllm_is_asked_for_the_answers_of_transformers(
+    posttrain: Cli, with_vllm: Cli, two_file: Path, tmp_path: Path, num_processes: int
+) -> None:
+    log, ours, theirs = tmp_path / "log.jsonl", tmp_path / "ours", tmp_path / "theirs"
+    ended = posttrain("run", two_file, "--root", ours)
+    assert ended.code == 0, ended.err
+    ended = with_vllm(
+        *("run", two_file, "--root", theirs, "stages.asked.use_vllm=true", f"launcher.num_processes={num_processes}"), STAND_IN_LOG=log
+    )
+    assert ended.code == 0, ended.err
+    for policy in ("one", "two"):
+        plain, engine = (results(root / "test", policy, "answer", "asked") for root in (ours, theirs))
+        assert len(plain) > 8
+        assert [[row[name] for name in ANSWER] for row in engine] == [[row[name] for name in ANSWER] for row in plain]
+        assert {row["settings"].pop("engine") for row in plain} == {f"transformers {transformers.__version__}"}
+        assert {row["settings"].pop("engine") for row in engine} == {"vllm 0.25.0"}
+        assert [row["settings"] for row in engine] == [row["settings"] for row in plain]
+    assert metrics(theirs / "test", "asked") == pytest.approx(metrics(ours / "test", "asked"))
+    said = {policy: [row["answer"] for row in results(theirs / "test", policy, "answer", "asked")] for policy in ("one", "two")}
+    assert said["one"] != said["two"], "each has its own"
+
+    told = read_lines(log)
+    loads = [line for line in told if line["event"] == "load"]
+    assert sorted(line["model"].rpartition("/")[2] for line in loads) == sorted(["output", "two"] * num_processes)
+    for line in loads:
+        mine = {other["pid"] for other in loads if other["of"] == line["of"]}
+        assert not mine.intersection(line["beside"]), "the engine of the policy before is gone"
+    assert sum(line["num_prompts"] for line in told if line["event"] == "generate") == sum(map(len, said.values()))
+
+
+def test_what_vllm_answered_is_not_asked_again(with_vllm: Cli, two_file: Path, tmp_path: Path) -> None:
+    first, log = tmp_path / "first.jsonl", tmp_path / "log.jsonl"
+    command = ("run", two_file, "--root", tmp_path, "stages.asked.use_vllm=true")
+    ended = with_vllm(*command, STAND_IN_LOG=first, STAND_IN_REFUSES=tmp_path / "two")
+    assert ended.code == 2
+    said = "stages.asked.use_vllm: vLLM does not load two (ValueError: no room for it); mend that, or set it to false"
+    assert [said in line for line in ended.err.splitlines()] == [True]
+    assert [line["event"] for line in read_lines(first)] == ["load", "generate", "generate", "generate", "load"], "three turns of the first"
+    ended = with_vllm(*command, STAND_IN_LOG=log)
+    assert ended.code == 0, ended.err
+    assert {line["model"] for line in read_lines(log) if line["event"] == "load"} == {str(tmp_path / "two")}
+
+
+REFUSED_OF_VLLM = {
+    "it is not installed": ((), "vllm is not installed here; install it, or set it to false"),
+    "ranks that hold a policy together": (
+        ("stages.asked.ranks_per_policy=2", "launcher.num_processes=2"),
+        "vLLM holds a policy on one rank, and ranks_per_policy: 2 spreads it over several; leave one of the two out",
+    ),
+    "tasks alone": (
+        ("stages.asked.inputs={policies: one}", "stages.asked.tasks=[hellaswag]"),
+        "has no effect without inputs.data, as transformers answers tasks; leave it out",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_OF_VLLM)
+def test_vllm_is_refused_where_it_cannot_be_had(posttrain: Cli, two_file: Path, tmp_path: Path, name: str) -> None:
+    overrides, said = REFUSED_OF_VLLM[name]
+    ended = posttrain("run", two_file, "--root", tmp_path, "stages.asked.use_vllm=true", *overrides)
+    assert (ended.code, f"stages.asked.use_vllm: {said}" in ended.err) == (2, True), ended.err
+
+
+UNLIKE = {
+    "a base without its tokens": (
+        "stages.asked.inputs.policies=[one, base]",
+        "base gets tokens from its chat contract that vLLM would not know",
+    ),
+    "more tokens than it reads": (
+        "stages.asked.max_new_tokens=200",
+        "one reads 256 tokens, and prompt and answer come to 360; shorten them",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_vllm_is_not_asked_where_its_answers_would_be_others(with_vllm: Cli, two_file: Path, tmp_path: Path, name: str) -> None:
+    override, said = UNLIKE[name]
+    ended = with_vllm("run", two_file, "--root", tmp_path, "stages.asked.use_vllm=true", override)
+    assert (ended.code, f"stages.asked.use_vllm: {said}" in ended.err) == (2, True), ended.err
+
+
+def test_vllm_heeds_the_penalty_of_a_generation_config_and_its_stop_tokens_are_the_contracts(
+    posttrain: Cli, with_vllm: Cli, two_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "two" / "generation_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "repetition_penalty": 1.5, "temperature": 0.3, "do_sample": True}))
+    command = ("run", two_file, "stages.asked.inputs.policies=two", "stages.asked.max_new_tokens=16")
+    for call, root, more in ((posttrain, "ours", ()), (with_vllm, "theirs", ("stages.asked.use_vllm=true",))):
+        ended = call(*command, "--root", tmp_path / root, *more)
+        assert ended.code == 0, ended.err
+    plain, engine = (results(tmp_path / root / "test", "two", "answer", "asked") for root in ("ours", "theirs"))
+    assert [[row[name] for name in ANSWER] for row in engine] == [[row[name] for name in ANSWER] for row in plain]

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -201,49 +199,16 @@ def test_every_number_of_ranks_and_sharding_samples_and_learns_the_same(posttrai
         assert metrics(stage)["heldout/reward"] == metrics(whole)["heldout/reward"], name
 
 
-UNUSED = {
-    "sampling_params": "StructuredOutputsParams",
-    "utils.network_utils": "get_ip",
-    "distributed.weight_transfer.nccl_common": "trainer_init",
-    "distributed.weight_transfer.packed_tensor": "packed_nccl_broadcast_producer",
-    "distributed.weight_transfer.nccl_engine": "NCCLTrainerSendWeightsArgs = NCCLWeightTransferEngine",
-}
-"""What TRL imports of vLLM, and does not use where engine and training share a process."""
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path) -> Path:
-    """A directory of packages, with one that stands in for vLLM."""
-    root = tmp_path / "packages"
-    for module, names in UNUSED.items():
-        path = root.joinpath("vllm", *module.split(".")).with_suffix(".py")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{names} = None\n")
-    (root / "vllm" / "__init__.py").write_text(Path(__file__).with_name("stand_in_vllm.py").read_text())
-    known = root / "vllm-0.25.0.dist-info"
-    known.mkdir()
-    (known / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.25.0\n")
-    (known / "top_level.txt").write_text("vllm\n")
-    return root
-
-
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_an_engine_samples_from_the_policy_as_it_is_now(rlhf_file: Path, chat_file: Path, stand_in: Path, num_processes: int) -> None:
+def test_an_engine_samples_from_the_policy_as_it_is_now(rlhf_file: Path, chat_file: Path, with_vllm: Cli, num_processes: int) -> None:
     text = rlhf_file.read_text().replace("  prefs:", f"  chat: {{data: {chat_file}}}\n  prefs:")
     sft = "stages:\n  sft: {inputs: {policy: base, data: chat}, max_steps: 1, global_batch_size: 8}\n"
     rlhf_file.write_text(text.replace("stages:\n", sft).replace("policy: base, data: prompts", "policy: sft, data: prompts"))
     root = rlhf_file.parent
-    command = [sys.executable, "pipeline.py", "run", rlhf_file, "--root", root, f"launcher.num_processes={num_processes}"]
     settings = ["use_vllm=true", "learning_rate=1e-2", "max_steps=6", "num_generations=8"]
-    ended = subprocess.run(
-        [*map(str, command), *(f"stages.rlhf.{each}" for each in settings)],
-        cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": str(stand_in)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stderr
+    command = ["run", rlhf_file, "--root", root, f"launcher.num_processes={num_processes}", *(f"stages.rlhf.{each}" for each in settings)]
+    ended = with_vllm(*command)
+    assert ended.code == 0, ended.err
     logged = read_lines(root / "test" / "rlhf" / "metrics.jsonl")
     assert logged[-1]["kl"] > 1e-2, "the policy has moved"
     for line in logged:

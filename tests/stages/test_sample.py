@@ -1,6 +1,7 @@
 """What comes of sampled answers, held against the reward model's own scores, each answer by itself in plain transformers."""
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -365,3 +367,49 @@ def test_what_cannot_be_sampled_is_refused_in_one_line(
     assert ended.code == 2
     assert said in ended.err and ended.err.count("\n") == 1
     assert not (chain.parent / "refused" / "p" / "checkpoints").exists()
+
+
+DRAWN = {
+    "likeliest": "inputs: {policy: sft, data: asked}, output: all, num_generations: 1, max_completion_length: 24, top_k: 1",
+    "all": "inputs: {policy: sft, data: [turns, asked]}, output: all, num_generations: 6, max_completion_length: 24",
+}
+
+
+def test_vllm_draws_what_a_seed_says_and_of_the_likeliest_token_alone_what_transformers_does(
+    with_vllm: Cli, head: str, chain: Path, tmp_path: Path
+) -> None:
+    def drawn(run: str, *names: str) -> list[list[dict[str, Any]]]:
+        # Beside what other runs sampled, which would be taken from there: an engine is not what a data set is told by.
+        root = tmp_path / run
+        (root / "r").mkdir(parents=True)
+        shutil.copytree(chain / "sft", root / "r" / "sft")
+        stages = "".join(f"  {name}: {{kind: sample, {DRAWN[name]}, use_vllm: true}}\n" for name in names)
+        (root / "pipeline.yaml").write_text(head.partition("  reward:")[0] + stages)
+        ended = with_vllm("run", root / "pipeline.yaml", "--root", root, STAND_IN_LOG=root / "log.jsonl")
+        assert ended.code == 0, ended.err
+        return [read_lines(root / "r" / name / "output" / "answers.jsonl") for name in names]
+
+    likeliest, every = drawn("first", "likeliest", "all")
+    assert drawn("again", "all") == [every]
+    assert {row["engine"] for row in likeliest + every} == {"vllm 0.25.0"}
+    plain = read_lines(chain / "likeliest" / "output" / "answers.jsonl")
+    assert {row.pop("engine") for row in plain} == {f"transformers {transformers.__version__}"}
+    assert [{name: value for name, value in row.items() if name != "engine"} for row in likeliest] == plain
+    assert max(len(set(row["answers"])) for row in every) > 2, "they are drawn, each by itself"
+    assert len({tuple(row["answers"]) for row in every}) == len(every), "and of each prompt by itself"
+    for line in read_lines(tmp_path / "first" / "log.jsonl"):
+        if line["event"] == "generate":
+            wanted = line["settings"]
+            assert (wanted["temperature"], wanted["top_p"], wanted["max_tokens"], wanted["ignore_eos"]) == (1.0, 1.0, 24, True)
+            assert (wanted["n"], wanted["top_k"]) in ((1, 1), (6, 0))
+
+
+def test_vllm_is_refused_where_it_cannot_be_had(posttrain: Cli, with_vllm: Cli, head: str, chain: Path, tmp_path: Path) -> None:
+    (tmp_path / "pipeline.yaml").write_text(f"{head.partition('  reward:')[0]}  all: {{kind: sample, {DRAWN['all']}, use_vllm: true}}\n")
+    command = ("run", tmp_path / "pipeline.yaml", "--root", chain.parent, "run=x", "stages.all.seed=1")
+    for call, more, said in (
+        (posttrain, (), "vllm is not installed here; install it, or set it to false"),
+        (with_vllm, ("stages.all.temperature=2.5",), "its temperature may be 2 at most, not 2.5; lower that, or set it to false"),
+    ):
+        ended = call(*command, *more)
+        assert (ended.code, f"stages.all.use_vllm: {said}" in ended.err) == (2, True), ended.err

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.batch import epoch_order
 from posttrain.disk import hash_file, read_json
-from tests.conftest import Ended, read_lines, read_samples
+from tests.conftest import Ended, killing, read_lines, read_samples
 
 Cli = Callable[..., Ended]
 CONSTANT = ("stages.sft.lr_scheduler_type=constant", "stages.sft.warmup_steps=0")
@@ -197,12 +197,6 @@ def test_lora_publishes_merged_weights_with_the_adapter_beside_them(
 def test_a_rank_killed_in_training_resumes_to_the_very_same_weights(
     posttrain: Cli, pipeline_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
-    import signal
-    import threading
-    import time
-    from multiprocessing import active_children
-
     options = (
         "stages.sft.num_train_epochs=12",
         "stages.sft.save_steps=4",
@@ -212,17 +206,8 @@ def test_a_rank_killed_in_training_resumes_to_the_very_same_weights(
     whole = run_sft(posttrain, pipeline_file, tmp_path / "whole", *options)
     root = tmp_path / "cut"
     metrics = root / "test" / "sft" / "metrics.jsonl"
-
-    def kill_one() -> None:
-        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 10):
-            time.sleep(0.01)
-        victim = next(child for child in active_children() if child.name == "sft:run:1")
-        os.kill(victim.pid or 0, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    ended = posttrain("run", pipeline_file, "--root", root, "--only", "sft", *options)
-    killer.join()
+    with killing("sft:run:1", when=lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 10):
+        ended = posttrain("run", pipeline_file, "--root", root, "--only", "sft", *options)
     assert ended.code == 1
     assert "rank 1 ended (killed by SIGKILL)" in ended.err
     assert not (root / "test" / "sft" / "artifact.json").exists()

@@ -92,7 +92,7 @@ def test_a_file_may_hold_no_records(tmp_path, name, content):
 
 
 BAD = [
-    ("x.jsonl", '{"a": 1}\n{"a": }\n', ":2: malformed JSON at column 7: expecting value"),
+    ("x.jsonl", '{"a": 1}\n{"a": }\n', ":2: malformed JSON at column 7: expecting value; mend the line, or delete it"),
     ("x.jsonl", '{"a": 1}\n{"a": 1} {"a": 2}\n', ":2: malformed JSON at column 10: there is more text"),
     ("x.jsonl", '{"a": 1}\n{"a": 1', ":2: malformed JSON"),
     ("x.jsonl", '{"a": 1}\n[1, 2]\n', ":2: must be an object of column names to values, got a list of 2"),

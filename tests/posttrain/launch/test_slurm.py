@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +15,12 @@ import pytest
 from posttrain import artifact, ledger
 from posttrain.config import SlurmLauncher, read_launcher
 from posttrain.error import Preempted, StageFailed, UserError
-from posttrain.launch.slurm import Script, rank_command
+from posttrain.heartbeat import Lookout
+from posttrain.launch.slurm import Script, _raise_failure, rank_command
 from posttrain.provenance import now
 from posttrain.stage import load_stage
 from tests.conftest import Ended
+from tests.posttrain.launch.test_hosts import attempted
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -150,6 +153,28 @@ def test_a_time_limit_is_read_as_slurm_reads_it(time: int | str, seconds: int) -
     if seconds <= 65535:
         with pytest.raises(UserError, match=f"{seconds} s of time"):
             launcher(time=time, save_before_s=seconds)
+
+
+# --- what srun says of ranks that end ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "raised", "message"),
+    [
+        ("Killed", StageFailed, "rank 1 ended on node2 (Killed); out of memory is the usual reason; stacks and logs"),
+        ("Out Of Memory", StageFailed, "rank 1 ended on node2 (Out Of Memory); stacks and logs"),
+        ("Exited with exit code 75", Preempted, "was asked to stop and saved its state"),
+        ("User defined signal 2", Preempted, "was asked to stop and saved its state"),
+    ],
+)
+def test_the_rank_that_ended_first_says_why(tmp_path: Path, how: str, raised: type[Exception], message: str) -> None:
+    """Words of srun 22.05. Rank 0 only lost the other."""
+    stage = attempted(tmp_path)
+    attempt = ledger.read_attempt(stage)
+    assert attempt is not None
+    said = [f"srun: error: node2: task 1: {how}", "srun: error: node1: task 0: Exited with exit code 1"]
+    with pytest.raises(raised, match=re.escape(message)):
+        _raise_failure(stage, attempt, 1, said, Lookout(stage, attempt, 2))
 
 
 # --- submit, run, status and cancel, with stand-ins for Slurm's commands ---------------------------------------------

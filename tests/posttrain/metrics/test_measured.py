@@ -91,6 +91,19 @@ def test_plain_text_is_measured_by_token_and_by_byte() -> None:
     assert found["text bits per byte"].weights == {0: 10.0, 3: 8.0}
 
 
+def test_tokens_are_calibrated_over_all_rows_which_are_drawn_whole() -> None:
+    def line(row: int, sure: int, right: int, **fields: Any) -> dict[str, Any]:
+        """So many tokens that were predicted with 0.9, and so many of them that are right."""
+        bins = {"bin_tokens": [0, sure], "bin_confidence": [0.0, 0.9 * sure], "bin_right": [0, right]}
+        return {"row": row, "measure": "nll", "logp": -1.0, "num_tokens": sure, **bins, **fields}
+
+    found = measure_results([line(0, 4, 4), line(5, 16, 8)])
+    ece = found["token ECE"]
+    assert ece.value == pytest.approx(0.9 - 12 / 20)
+    assert ece.scores == pytest.approx({0: 0.9 - 1, 5: 0.9 - 0.5}) and ece.weights == {0: 4.0, 5: 16.0}
+    assert set(measure_results([{"row": 0, "measure": "nll", "logp": -1.0, "num_tokens": 3}])) == {"nll"}, "nothing is known of its tokens"
+
+
 def test_a_policy_and_a_reward_model_are_measured_alike_on_pairs() -> None:
     margins = [2.0, -1.0, 0.0, 0.5]
     logps = [

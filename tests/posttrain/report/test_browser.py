@@ -4,8 +4,11 @@ import json
 import os
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
 from itertools import pairwise
@@ -272,3 +275,29 @@ def test_a_page_is_not_made_anew_for_each_who_asks():
     made = []
     with PageServer(0, lambda: made.append("x") or "page") as server:
         assert {server.page() for _ in range(50)} == {b"page"} and len(made) == 1
+
+
+def test_a_tab_that_is_closed_before_its_answer_is_no_error(capsys):
+    asked, gone, answered = threading.Event(), threading.Event(), threading.Event()
+
+    def render() -> str:
+        asked.set()
+        assert gone.wait(30)
+        return "page" * 1_000_000
+
+    class Server(PageServer):
+        def shutdown_request(self, request: Any) -> None:
+            super().shutdown_request(request)
+            answered.set()
+
+    with Server(0, render) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        tab = socket.create_connection(("127.0.0.1", server.server_port))
+        tab.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed at once, with what was not read
+        tab.sendall(f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n".encode())
+        assert asked.wait(30)
+        tab.close()
+        gone.set()
+        assert answered.wait(30)
+        server.shutdown()
+    assert capsys.readouterr().err == ""

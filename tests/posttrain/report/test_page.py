@@ -133,6 +133,57 @@ def test_the_page_tells_of_every_part_of_the_run(make_run):
         assert words in text, words
 
 
+@pytest.mark.parametrize(
+    ("metric", "low", "high", "p", "said"),
+    [
+        ("nll", -0.2, -0.1, "0.004", "good"),
+        ("nll", -0.2, -0.1, "<0.001", "good"),
+        ("nll", -0.2, -0.1, "", "good"),
+        ("nll", -0.2, -0.1, "0.096", "even"),
+        ("nll", 0.1, 0.2, "0.049", "bad"),
+        ("answers passed", 0.1, 0.2, "0.010", "good"),
+        ("answers passed", -0.1, 0.2, "<0.001", "even"),
+        ("answer tokens", 10.0, 20.0, "<0.001", "even"),
+    ],
+)
+def test_a_difference_is_called_better_only_where_interval_and_p_agree(metric, low, high, p, said):
+    assert page.verdict(metric, low, high, p) == said
+
+
+def test_what_the_first_tiles_say_is_what_the_rows_show(make_run):
+    def tile(cell: str) -> str:
+        table = {
+            "columns": ["metric", "rows", *POLICIES],
+            "rows": [["answers passed", "9", "0.5 (0.4 to 0.6)", "0.5 (+0.0)", cell]],
+            "notes": [],
+        }
+        found = Read(page_of(make_run(f"shown{len(cell)}", table=table))).text
+        return " ".join(found[found.index("answers passed, dpo") :].split("rows kept")[0].split())
+
+    assert "base 50.0%, sft 50.0%; no clear difference from base" in tile("0.6 (+0.1, +0.01 to +0.2, p 0.400)")
+    assert "base 50.0%, sft 50.0%; better than base" in tile("0.6 (+0.1, +0.01 to +0.2, p 0.04)")
+    assert "base 50.0%, sft 50.0%stages finished" in tile("0.6 (+0.1)"), "where nothing says how sure it is, nothing is claimed"
+
+
+def test_a_count_of_tokens_has_not_the_decimals_of_a_loss(make_run):
+    rows = [
+        ["answer tokens", "9", "49.794 (40.873 to 58.905)", "44.270 (-5.524, -18.238 to +6.890, p 1.000)", "-"],
+        ["nll", "9", "10.794 (9.873 to 11.905)", "10.782 (-0.012, -0.014 to -0.010, p <0.001)", "-"],
+    ]
+    table = {"columns": ["metric", "rows", *POLICIES], "rows": rows, "notes": []}
+    text = Read(page_of(make_run(table=table))).text
+    for words in (
+        "49.8",
+        "40.9 to 58.9",
+        "-5.5 (-18.2 to +6.9, p 1.000)",
+        "10.794",
+        "-0.012 (-0.014 to -0.010, p <0.001)",
+        "lower is better",
+    ):
+        assert words in text, words
+    assert "49.79" not in text
+
+
 def test_the_same_run_gives_the_same_page(make_run):
     made = make_run()
     assert page_of(made) == page_of(made)
@@ -159,6 +210,7 @@ def test_a_picture_takes_its_colours_from_the_page_and_gives_it_no_style():
     assert not re.search(r"#[0-9a-f]{6}|<style|<defs| id=|clip-path|font-family|http", picture.svg)
     assert set(re.findall(r"var\(([^)]*)\)", picture.svg)) == {*(f"--curve-{number}" for number in range(1, 7)), "--line", "--dim"}
     assert set(re.findall(r"<text[^>]*>([^<]*)<", picture.svg)) >= {"0", "2", "4"}, "ticks stay text, and are not rounded away"
+    assert "step" in re.findall(r"<text[^>]*>([^<]*)<", picture.svg) and "font-size" not in picture.svg
 
 
 @pytest.mark.parametrize("points", [[(5.0, 1.0)], [(1.0, 0.0), (2.0, 0.0)], [(1.0, 1e300), (2.0, -1e300)], [(1.0, 1e-12), (2.0, 2e-12)]])

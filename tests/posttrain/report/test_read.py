@@ -35,6 +35,53 @@ def test_a_cell_is_read_as_the_numbers_that_it_shows(text, cell):
     assert (found.text, found.value, found.difference, found.low, found.high) == (text, cell.value, cell.difference, cell.low, cell.high)
 
 
+def test_a_check_is_shown_by_what_it_asks_for(make_run):
+    asked = [
+        {"kind": "instruction", "id": "punctuation:no_comma"},
+        {"kind": "instruction", "id": "length_constraints:number_words", "relation": "less than", "num_words": 40},
+        {"kind": "exact_answer", "answer": "x"},
+    ]
+    (result,) = answer_results("base", ["x"], ["x"])
+    results = [{**result, "checks": list(map(json.dumps, asked)), "verdicts": [1.0, 0.0, 1.0], "loose_verdicts": [1.0, 0.0, 1.0]}]
+    (evaluation,) = [stage.evaluation for stage in read_made(make_run(results=results)).stages if stage.evaluation]
+    assert evaluation.samples[0].checks == [
+        "punctuation:no_comma",
+        "length_constraints:number_words: relation less than, num_words 40",
+        "exact_answer: answer x",
+    ]
+
+
+def test_what_a_curation_dropped_stands_step_by_step_and_says_nothing_twice(tmp_path):
+    def dropped(origin: str, step: str, reason: str, detail: str = "") -> dict[str, object]:
+        return {"origin": origin, "step": step, "reason": reason, "detail": detail, "row": {"text": origin}}
+
+    steps = [("read", {"does not fit": 1}), ("length", {"answer too long": 5}), ("diversity", {"diversity: over the budget": 2})]
+    told = [
+        {"step": step, "rows_out": 9, "dropped": sum(reasons.values()), "changed": 0, "reasons": reasons, "settings": {}}
+        for step, reasons in steps
+    ]
+    (tmp_path / "report.json").write_text(json.dumps({"num_rows_in": 17, "num_rows_out": 9, "steps": told}))
+    rows = [
+        dropped("a:1", "diversity", "diversity: over the budget"),
+        *(dropped(f"a:{row}", "length", "answer too long", f"{row}00 words") for row in range(2, 7)),
+        dropped("a:7", "read", "does not fit", "a:7: prompt: is empty"),
+        dropped("a:8", "diversity", "diversity: over the budget"),
+    ]
+    (tmp_path / "dropped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read._read_curation(tmp_path)
+    assert found is not None and [step["reasons"] for step in found.steps] == [
+        {"does not fit": 1},
+        {"answer too long": 5},
+        {"over the budget": 2},
+    ]
+    assert [(row.origin, row.step, row.reason, row.detail) for row in found.dropped] == [
+        ("a:7", "read", "does not fit", "prompt: is empty"),
+        *((f"a:{row}", "length", "answer too long", f"{row}00 words") for row in range(2, 5)),
+        ("a:1", "diversity", "over the budget", ""),
+        ("a:8", "diversity", "over the budget", ""),
+    ], "of each reason three"
+
+
 def test_prompts_stand_beside_what_each_policy_answered_and_whether_it_passes(make_run):
     results = [result for policy in POLICIES for result in answer_results(policy, ["1", policy], ["1", "dpo"])]
     (evaluation,) = [stage.evaluation for stage in read_made(make_run(results=results)).stages if stage.evaluation]
