@@ -65,7 +65,7 @@ from posttrain.ranks import any_rank, of_all_ranks
 from posttrain.recipe import MOST_TOKENS, TrainingConfig
 from posttrain.saver import Saver, find_whole
 from posttrain.sequence import Team, check_heads, team_of
-from posttrain.settle import settle
+from posttrain.settle import is_sharded, settle
 from posttrain.share import mesh_to_read_on
 from posttrain.stage import ArtifactKind, Input, StageContext
 from posttrain.state import Fragment, Saved, fragments, random_state, restore, set_random_state
@@ -929,7 +929,9 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Load the state to go on from, now that the model is where it will be trained, and settle how to compute."""
         trainer, batches = self.trainer, self.batches
-        self.setting_up.close()
+        if not is_sharded(trainer.model):
+            self.setting_up.close()
+        # Else large tensors come and go all along, with others between them: kept, they left as much again in holes.
         random = None
         if self.last is not None:
             try:
