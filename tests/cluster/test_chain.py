@@ -128,7 +128,7 @@ def test_a_job_that_loses_a_node_goes_on_when_there_are_enough_again(submitted: 
     wait(lambda: submitted.cluster.jobs()[number] not in ("RUNNING",), "the job was to end", submitted.log)
     submitted.cluster.revive("node2")
     submitted.finish()
-    assert submitted.attempt() == 2
+    assert submitted.attempt() >= 2, "Slurm may take the node away once more before it trusts it again"
     assert "sft  resume: from the checkpoint of step " in submitted.log()
     assert_same(submitted, reference)
 
@@ -155,7 +155,8 @@ def test_a_chain_that_is_cancelled_has_saved_and_is_run_to_its_end_later(submitt
     assert submitted.fate("eval") == {"job": submitted.number("eval"), "state": "cancelled", "why": "sft cancelled"}
     saved = max(submitted.chain.checkpoints("sft"))
     assert saved > 3
-    assert saved % 10, "not one of those that are saved anyway"
+    said = (submitted.chain.directory / "sft" / "logs" / "attempt_1" / "rank_0.log").read_text()
+    assert f"sft saved its state after step {saved}" in said, "it was the cancelling that saved it"
     out = submitted.done("run", "--only", "sft")
     assert f"sft  resume: from the checkpoint of step {saved}" in out
     assert submitted.number("sft") != number
