@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import pipeline
-from posttrain import artifact, ledger
+from posttrain import artifact, disk, ledger
 from posttrain.checkpoint import mark_complete
 from posttrain.config import Config, read_pipeline
 from posttrain.error import Preempted, StageFailed
@@ -618,7 +618,7 @@ def test_a_run_whose_stage_another_process_took_over_ends_at_once(project: Proje
         def launch(directory: Path, _: object) -> None:
             path = directory / "lease.json"
             theirs = {**json.loads(path.read_text()), "host": "node7", "machine": "node7", "pid": 5}
-            path.write_text(json.dumps(theirs))
+            disk.write_text(path, json.dumps(theirs))  # at once: it is looked at all along
             deadline = time.monotonic() + 10
             while time.monotonic() < deadline:
                 time.sleep(0.01)
