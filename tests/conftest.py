@@ -31,6 +31,36 @@ class Ended:
     err: str
 
 
+class Commands:
+    """The commands on the pipeline file of a folder, with the root beside it."""
+
+    here: Path
+    call: Callable[..., Ended]
+
+    @property
+    def config(self) -> Path:
+        return self.here / "pipeline.yaml"
+
+    @property
+    def root(self) -> Path:
+        return self.here / "runs"
+
+    def ended(self, command: str, *arguments: str) -> Ended:
+        return self.call(command, self.config, "--root", self.root, *arguments)
+
+    def done(self, command: str, *arguments: str) -> str:
+        ended = self.ended(command, *arguments)
+        assert ended.code == 0, ended.err
+        return ended.out
+
+    def refused(self, command: str = "plan", *arguments: str) -> str:
+        """The one line that the command ended with, its exit code being 2."""
+        ended = self.ended(command, *arguments)
+        assert ended.code == 2, ended
+        (line,) = ended.err.splitlines()
+        return line.removeprefix("error: ")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real models and data."""

@@ -23,6 +23,7 @@ from posttrain.provenance import now
 from posttrain.recipe import TrainingExecution
 from posttrain.stage import StageConfig, load_stage
 from stages import STAGES
+from tests.conftest import Commands
 
 REPOSITORY = Path(__file__).parent.parent
 PIPELINE = """
@@ -40,26 +41,15 @@ NAMES = ("sft", "dpo", "eval")
 
 
 @dataclass(frozen=True)
-class Project:
+class Project(Commands):
     """A pipeline file with its sources, the commands on it, and the names of the stages built so far, in order."""
 
     here: Path
     call: Callable[..., Any]
     built: list[str]
 
-    @property
-    def config(self) -> Path:
-        return self.here / "pipeline.yaml"
-
-    @property
-    def root(self) -> Path:
-        return self.here / "runs"
-
     def stage(self, name: str, run: str = "first") -> Path:
         return self.root / run / name
-
-    def ended(self, command: str, *arguments: str) -> Any:
-        return self.call(command, self.config, "--root", self.root, *arguments)
 
     def run(self, *arguments: str) -> list[str]:
         """Run; the names of the stages that were built for it."""

@@ -25,7 +25,7 @@ from posttrain.report import page, read
 from posttrain.results import write_results
 from posttrain.verdict import read_verdict
 from stages.gate import Gate
-from tests.conftest import REPOSITORY, Ended
+from tests.conftest import REPOSITORY, Commands, Ended
 from tests.posttrain.report.conftest import answer_results, nll_results
 
 Cli = Callable[..., Ended]
@@ -49,7 +49,7 @@ NAMES = ("sft", "first", "quality", "dpo", "side", "last")
 
 
 @dataclass
-class Project:
+class Project(Commands):
     """A pipeline with a gate amid it, whose evaluations find what `shares` and `nlls` say of each policy."""
 
     here: Path
@@ -58,14 +58,6 @@ class Project:
     """How many of ten rows a policy passes."""
     built: list[str] = field(default_factory=list)
 
-    @property
-    def config(self) -> Path:
-        return self.here / "pipeline.yaml"
-
-    @property
-    def root(self) -> Path:
-        return self.here / "runs"
-
     def stage(self, name: str) -> Path:
         return self.root / "r" / name
 
@@ -73,9 +65,6 @@ class Project:
         text = self.config.read_text()
         assert before in text
         self.config.write_text(text.replace(before, after))
-
-    def ended(self, command: str, *arguments: str) -> Ended:
-        return self.call(command, self.config, "--root", self.root, *arguments)
 
     def run(self, code: int, *arguments: str) -> list[str]:
         """Run, to end with that exit code; the names of the stages that were built for it."""
@@ -91,12 +80,6 @@ class Project:
 
     def actions(self, *arguments: str) -> str:
         return " ".join(row["action"] for row in self.rows("plan", *arguments).values())
-
-    def refused(self, command: str = "plan", *arguments: str) -> str:
-        ended = self.ended(command, *arguments)
-        assert ended.code == 2, ended
-        (line,) = ended.err.splitlines()
-        return line.removeprefix("error: ")
 
     def finish(self, directory: Path, attempt: ledger.Attempt) -> None:
         """What a launcher does: here gates are what they are, and all else is pretended."""

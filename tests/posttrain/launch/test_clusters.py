@@ -20,7 +20,7 @@ from posttrain.error import Preempted, StageFailed, UserError
 from posttrain.launch import jobs
 from posttrain.launch.jobs import Job
 from posttrain.parallel import num_cores
-from tests.conftest import REPOSITORY, Ended, write_chat
+from tests.conftest import REPOSITORY, Commands, Ended, write_chat
 from tests.posttrain.launch.test_slurm import SBATCH, SCANCEL, SCONTROL, SQUEUE, STAGES, finish, launch_with, raising
 
 LAUNCHERS = {
@@ -48,7 +48,7 @@ elif words[0] == "delete":
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Cluster(Commands):
     """A pipeline of four stages, and a cluster that writes down what it is asked for and does nothing."""
 
     kind: str
@@ -58,21 +58,7 @@ class Cluster:
 
     @property
     def run(self) -> Path:
-        return self.here / "runs" / "r"
-
-    def ended(self, command: str, *arguments: str) -> Ended:
-        return self.call(command, self.here / "pipeline.yaml", "--root", self.run.parent, *arguments)
-
-    def done(self, command: str, *arguments: str) -> str:
-        ended = self.ended(command, *arguments)
-        assert ended.code == 0, ended.err
-        return ended.out
-
-    def refused(self, command: str, *arguments: str) -> str:
-        ended = self.ended(command, *arguments)
-        assert ended.code == 2, ended
-        (line,) = ended.err.splitlines()
-        return line.removeprefix("error: ")
+        return self.root / "r"
 
     def job(self, stage: str) -> Job:
         return jobs.read_jobs(self.run)[stage]

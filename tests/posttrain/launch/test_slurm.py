@@ -19,7 +19,7 @@ from posttrain.heartbeat import Lookout
 from posttrain.launch.slurm import Script, _raise_failure, rank_command
 from posttrain.provenance import now
 from posttrain.stage import load_stage
-from tests.conftest import Ended
+from tests.conftest import Commands, Ended
 from tests.posttrain.launch.test_hosts import attempted
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -217,33 +217,11 @@ echo "$@" >> HERE/requeued
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Cluster(Commands):
     """A pipeline of four stages, and a Slurm that writes down what it is asked for and does nothing."""
 
     here: Path
     call: Callable[..., Ended]
-
-    @property
-    def config(self) -> Path:
-        return self.here / "pipeline.yaml"
-
-    @property
-    def root(self) -> Path:
-        return self.here / "runs"
-
-    def ended(self, command: str, *arguments: str) -> Ended:
-        return self.call(command, self.config, "--root", self.root, *arguments)
-
-    def done(self, command: str, *arguments: str) -> str:
-        ended = self.ended(command, *arguments)
-        assert ended.code == 0, ended.err
-        return ended.out
-
-    def refused(self, command: str, *arguments: str) -> str:
-        ended = self.ended(command, *arguments)
-        assert ended.code == 2, ended
-        (line,) = ended.err.splitlines()
-        return line.removeprefix("error: ")
 
     def given(self) -> dict[str, str]:
         """The scripts that were given to sbatch, by number."""
