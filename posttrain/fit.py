@@ -477,17 +477,18 @@ class OurOrder(Trainer):
             return self._coupled_step(model, micro_batches)
         total = torch.zeros((), device=self.args.device)
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for number, batch in enumerate(micro_batches):
-            self._come_to(number)
-            weights = self.weights(batch)
-            with self._accumulating(model, is_last=number == len(micro_batches) - 1):
-                with self._alone(weights, sums), self.compute_loss_context_manager():
-                    loss: Any = self.compute_loss(model, to_device(batch, self.args.device), num_items_in_batch=num_items_in_batch)
-                if num_items is None:
-                    # A mean over the samples of this micro-batch; ranks' gradients are averaged.
-                    loss = loss * (weights[""] * self.batches.world_size / self.batches.global_batch_size)
-                self._backward(loss)
-            total += loss.detach()
+        with self._casting_once():
+            for number, batch in enumerate(micro_batches):
+                self._come_to(number)
+                weights = self.weights(batch)
+                with self._accumulating(model, is_last=number == len(micro_batches) - 1):
+                    with self._alone(weights, sums), self.compute_loss_context_manager():
+                        loss: Any = self.compute_loss(model, to_device(batch, self.args.device), num_items_in_batch=num_items_in_batch)
+                    if num_items is None:
+                        # A mean over the samples of this micro-batch; ranks' gradients are averaged.
+                        loss = loss * (weights[""] * self.batches.world_size / self.batches.global_batch_size)
+                    self._backward(loss)
+                total += loss.detach()
         self._metrics["train"] = {name: [value] for name, value in self._over_ranks(sums).items()}
         return total
 
@@ -506,15 +507,16 @@ class OurOrder(Trainer):
         self._metrics["train"] = {name: [value] for name, value in figures.items()}
         world_size, rank = self.batches.world_size, self.batches.rank
         gradients = torch.autograd.grad(loss, log_probs)[rank * len(mine) : (rank + 1) * len(mine)]
-        for number, (call, gradient, weight) in enumerate(zip(calls, gradients, weights, strict=True)):
-            self._come_to(len(calls) + number)
-            with self._accumulating(model, is_last=number == len(calls) - 1):
-                with self.compute_loss_context_manager():
-                    again = model(**call)
-                part = (again.log_probs * gradient).sum()
-                if self.aux_loss_enabled:
-                    part = part + self.router_aux_loss_coef * again.aux_loss * (weight[""] / self.batches.global_batch_size)
-                self._backward(part * world_size)
+        with self._casting_once():
+            for number, (call, gradient, weight) in enumerate(zip(calls, gradients, weights, strict=True)):
+                self._come_to(len(calls) + number)
+                with self._accumulating(model, is_last=number == len(calls) - 1):
+                    with self.compute_loss_context_manager():
+                        again = model(**call)
+                    part = (again.log_probs * gradient).sum()
+                    if self.aux_loss_enabled:
+                        part = part + self.router_aux_loss_coef * again.aux_loss * (weight[""] / self.batches.global_batch_size)
+                    self._backward(part * world_size)
         return loss.detach()  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -671,8 +673,21 @@ class OurOrder(Trainer):
         with nullcontext() if is_last or self.is_deepspeed_enabled else self.accelerator.no_sync(model):
             yield
 
+    @contextmanager
+    def _casting_once(self) -> Iterator[None]:
+        """Have autocast keep the weights that it casts for all micro-batches of a step, which only a step changes.
+
+        It forgets them at the end of its outermost context. Not where ranks share weights out: what is cast there is whole.
+        """
+        if self.is_deepspeed_enabled or is_sharded(self.model):
+            yield
+            return
+        with self.accelerator.autocast():
+            yield
+
     def _backward(self, loss: Any) -> None:
-        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
+        with torch.autocast(self.args.device.type, enabled=False):  # it is for forward passes
+            self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
 
     def _from_ranks(self, mine: list[Any]) -> list[Any]:
         """The entries of all ranks, or of one of each team, in their order, on this one's device; every rank has equally many."""
