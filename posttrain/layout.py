@@ -25,6 +25,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from posttrain.attention import attend
 from posttrain.batch import Indices, Sizes
 from posttrain.data.samples import IGNORED
 from posttrain.sequence import Piece
@@ -261,9 +262,7 @@ def _attend(
             whole[before : before + num_rows * width].view(num_rows, width, *whole.shape[1:]).transpose(1, 2)
             for whole in (query, key, value)
         )
-        output = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        output = attend(q, k, v, scale=scaling, dropout=dropout)
         outputs.append(output.transpose(1, 2).reshape(num_rows * width, *output.shape[1::2]))
         before += num_rows * width
     collected: torch.Tensor = _Collect.apply(torch.cat(outputs) if len(outputs) > 1 else outputs[0], owned)
@@ -334,9 +333,10 @@ def _attention_for(original: str) -> Any:
         if more.get("is_causal") is False or not getattr(module, "is_causal", True):
             raise Unsupported("attention that is not causal")
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        if q.is_cuda and torch.is_autocast_enabled("cuda"):
-            # Rotation by positions leaves queries and keys in float32. Plain attention is one of autocast's own, the other is not.
-            q, k, v = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (q, k, v))
+        device = q.device.type
+        if torch.is_autocast_enabled(device):
+            # Rotation by positions leaves queries and keys in float32. Plain attention is one of autocast's own, the others are not.
+            q, k, v = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (q, k, v))
         fits_varlen = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not dropout and q.shape[-1] == v.shape[-1]
         attended = _attend_varlen(q, k, v, laid, scaling) if fits_varlen else _attend(q, k, v, laid, scaling, dropout)
         return attended[None], None

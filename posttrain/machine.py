@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from threading import Event
 
 import torch
@@ -21,6 +22,7 @@ def make_ready(local_world_size: int) -> None:
         keep_memory()
 
 
+@cache
 def multiplies_bf16() -> bool:
     """Whether this CPU has instructions for products of matrices in bfloat16 (AVX512-BF16 or AMX)."""
     has = torch.cpu.get_capabilities()

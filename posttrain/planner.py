@@ -373,7 +373,7 @@ def settle(shape: Shape, job: Job, hardware: Hardware | None) -> Computed:
     longest = math.ceil(job.max_length * job.sequences / job.team_size)  # tokens of a rank's piece of it
     each = token_bytes(shape, job, recompute=False) + _logit_bytes(shape, job, 1)
     is_gpu = hardware is None or hardware.is_gpu
-    recompute, most = bool(job.recompute), MOST_TOKENS["cuda" if is_gpu else "cpu"]
+    recompute, most = bool(job.recompute), MOST_TOKENS["cuda" if is_gpu else "cpu in 16 bits" if job.bf16 else "cpu"]
     free = math.inf
     if hardware is not None:
         held = sum(_states(shape, job, is_apart=is_gpu)[:3]) + _bucket_bytes(shape, job) + _frozen_bytes(shape, job)

@@ -138,8 +138,10 @@ def _fastest(
 
 
 def most_tokens(model: PreTrainedModel) -> int:
-    """Tokens at once that are worth computing where the model is."""
-    return MOST_TOKENS["cuda" if model.device.type == "cuda" else "cpu"]
+    """Tokens at once that are worth computing where the model is, and in the type that it computes in."""
+    if model.device.type == "cuda":
+        return MOST_TOKENS["cuda"]
+    return MOST_TOKENS["cpu" if computing_dtype(model) == torch.float32 else "cpu in 16 bits"]
 
 
 def is_sharded(model: PreTrainedModel) -> bool:

@@ -1,5 +1,6 @@
 """SFT against a plain torch loop written here, and against itself on other numbers of ranks and micro-batches."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,7 +55,7 @@ def start_model(tiny: Path, published: Path) -> Any:
     return model
 
 
-def reference_losses(model: Any, rows: list[dict[str, Any]], *, num_steps: int, batch: int, lr: float) -> list[float]:
+def reference_losses(model: Any, rows: list[dict[str, Any]], *, num_steps: int, batch: int, lr: float, bf16: bool = False) -> list[float]:
     """SFT by the book, a row at a time: the summed loss of a batch over its number of labels, AdamW, norm clipped to 1."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     stream = [int(i) for epoch in range(2) for i in epoch_order(len(rows), 0, epoch)]
@@ -64,7 +65,8 @@ def reference_losses(model: Any, rows: list[dict[str, Any]], *, num_steps: int, 
         total = sum(label != -100 for row in samples for label in row["labels"])
         loss = torch.zeros(())
         for row in samples:
-            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+                logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].float()
             loss = loss + torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"])[1:], ignore_index=-100, reduction="sum")
         loss = loss / total
         optimizer.zero_grad()
@@ -78,6 +80,21 @@ def reference_losses(model: Any, rows: list[dict[str, Any]], *, num_steps: int, 
 def test_losses_equal_those_of_a_plain_loop(one_process: Path, tiny: Path) -> None:
     expected = reference_losses(start_model(tiny, one_process / "output"), read_samples(one_process), num_steps=6, batch=8, lr=1e-3)
     assert losses(one_process) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("stages.sft.micro_batch_tokens=150",), ("stages.sft.micro_batch_tokens=150", "launcher.num_processes=2")],
+    ids=" ".join,
+)
+def test_losses_in_bfloat16_equal_those_of_a_plain_loop_under_autocast(
+    posttrain: Cli, pipeline_file: Path, tmp_path: Path, tiny: Path, overrides: tuple[str, ...]
+) -> None:
+    stage = run_sft(posttrain, pipeline_file, tmp_path / "runs", *CONSTANT, "stages.sft.bf16=true", *overrides)
+    model = start_model(tiny, stage / "output")
+    expected = reference_losses(model, read_samples(stage), num_steps=6, batch=8, lr=1e-3, bf16=True)
+    assert losses(stage) == pytest.approx(expected, rel=5e-3)
+    assert min(abs(a / b - 1) for a, b in itertools.pairwise(expected)) > 0.02, "a step with the weights of the one before would be seen"
 
 
 @pytest.mark.parametrize(
