@@ -136,7 +136,7 @@ def run_once(chain: Chain, betas: Sequence[float]) -> tuple[float, dict[str, flo
     for task, policy in (("sft", "base"), ("dpo", "sft")):
         bench = Bench(task, directory, chain.model, [], chain.num_steps, chain.max_length, LEARNING_RATES[task], chain.ours, None)
         trained[task] = {"inputs": {"policy": policy, "data": f"{task}_train"}, **our_stage(bench)}
-    tuned = {f"dpo_{number}" if number else "dpo": {**trained["dpo"], "stage": "dpo", "beta": beta} for number, beta in enumerate(betas)}
+    tuned = {f"dpo_{number}" if number else "dpo": {**trained["dpo"], "kind": "dpo", "beta": beta} for number, beta in enumerate(betas)}
     evaluation = {"inputs": {"policies": ["base", "sft", *tuned], "data": ["sft_held_out", "dpo_held_out"]}, "num_shown": 0}
     stages = {"sft": trained["sft"], **tuned, "eval": evaluation}
     config = {"run": "chain", "sources": {"base": {"model": str(chain.model)}, **rows}, "stages": stages}
