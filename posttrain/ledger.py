@@ -35,6 +35,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,8 @@ class Attempt:
     """Stages that come later and whose rows can be prepared meanwhile: what `Foreseen` holds, as plain JSON."""
     is_smoke: bool = False
     """Whether the stage is only tried, on its longest samples."""
+    earlier: list[dict[str, Any]] = field(default_factory=list)
+    """Attempts at the same build before this one: of each `started`, `seconds` until it was last heard of, and `num_processes`."""
 
     def logs(self, directory: Path) -> Path:
         """Where the ranks of this attempt at the stage in `directory` write what they say."""
@@ -126,6 +129,7 @@ def start_attempt(
     numbers = [path.name.removeprefix("attempt_") for path in logs.glob("attempt_*")]
     number = 1 + max((int(text) for text in numbers if text.isdecimal()), default=0)
     (logs / f"attempt_{number}").mkdir()
+    earlier = _earlier(directory, fingerprint)
     (directory / "progress.json").unlink(missing_ok=True)  # it tells of the attempt before
     attempt = Attempt(
         name=name,
@@ -144,9 +148,22 @@ def start_attempt(
         token=uuid.uuid4().hex,
         ahead=list(ahead),
         is_smoke=is_smoke,
+        earlier=earlier,
     )
     disk.write_json(directory / "stage.json", asdict(attempt))
     return attempt
+
+
+def _earlier(directory: Path, fingerprint: str) -> list[dict[str, Any]]:
+    """What the next attempt says of those before it, at what it is to build."""
+    last = read_attempt(directory)
+    if last is None or last.fingerprint != fingerprint:
+        return []
+    heard = max(
+        (path.stat().st_mtime for path in (directory / "progress.json", *last.logs(directory).glob("*")) if path.is_file()), default=0.0
+    )
+    seconds = max(0.0, heard - datetime.fromisoformat(last.started).timestamp())
+    return [*last.earlier, {"started": last.started, "seconds": seconds, "num_processes": last.num_processes}]
 
 
 def open_context(directory: Path, *, rank: int, local_rank: int, world_size: int) -> tuple[Attempt, Stage[Any], StageContext[Any]]:

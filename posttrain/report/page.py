@@ -176,7 +176,7 @@ def _tiles(run: RunReport) -> list[dict[str, str]]:
     if verdicts := [stage.verdict for stage in run.stages if stage.verdict]:
         failed = [gate for found in verdicts for gate in found.failed]
         num_gates = sum(len(found.gates) for found in verdicts)
-        more = f"failed: {', '.join(f'{gate.metric} of {gate.policy}' for gate in failed)}" if failed else "all"
+        more = f"failed: {', '.join(gate.what for gate in failed)}" if failed else "all"
         tiles.append({"title": "gates passed", "value": f"{num_gates - len(failed)} of {num_gates}", "more": more})
     unfinished = [stage.name for stage in run.stages if not stage.is_finished]
     more = f"not yet: {', '.join(unfinished)}" if unfinished else "all"

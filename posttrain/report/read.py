@@ -179,8 +179,12 @@ class StageReport:
     num_processes: int
     started: float | None
     """Seconds since the epoch."""
+    ended: float | None
+    """When the last attempt ended, or now while it goes on, or when it was last heard of."""
     seconds: float | None
-    """From the start of the last attempt to its end, or until now, or until it was last heard of."""
+    """Of all attempts at what is there, each from its start until it ended or was last heard of."""
+    process_seconds: float
+    """The same, of all processes together."""
     is_reused: bool
     """Whether another run built it."""
     progress: dict[str, Any] | None
@@ -212,7 +216,7 @@ class StageReport:
     @property
     def process_hours(self) -> float:
         """Hours of all its processes together; none where another run built it."""
-        return 0.0 if self.is_reused or self.seconds is None else self.seconds * self.num_processes / 3600
+        return 0.0 if self.is_reused else self.process_seconds / 3600
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,7 @@ class RunReport:
     @property
     def as_of(self) -> float | None:
         """When something was last heard of it."""
-        return max((stage.started + (stage.seconds or 0.0) for stage in self.stages if stage.started is not None), default=None)
+        return max((moment for stage in self.stages for moment in (stage.started, stage.ended) if moment is not None), default=None)
 
     @property
     def is_running(self) -> bool:
@@ -280,6 +284,9 @@ def _read_stage(directory: Path, row: Mapping[str, Any]) -> StageReport:
     elif ended is None and progress:
         ended = progress.get("updated")
     is_reused = bool(attempt and provenance and provenance["finished"] < attempt.started)
+    spent = [] if began is None or ended is None else [(max(0.0, ended - began), attempt.num_processes if attempt else 1)]
+    if attempt and not is_reused:
+        spent += [(each["seconds"], each["num_processes"]) for each in attempt.earlier]
     output = directory / artifact.OUTPUT
     return StageReport(
         name=row["stage"],
@@ -296,7 +303,9 @@ def _read_stage(directory: Path, row: Mapping[str, Any]) -> StageReport:
         attempts=attempt.number if attempt else 0,
         num_processes=attempt.num_processes if attempt else 1,
         started=began,
-        seconds=max(0.0, ended - began) if began is not None and ended is not None else None,
+        ended=ended,
+        seconds=sum(seconds for seconds, _ in spent) if spent else None,
+        process_seconds=sum(seconds * count for seconds, count in spent),
         is_reused=is_reused,
         progress=progress if row["action"] == "running" else None,
         metrics={name: value for name, value in payload.get("metrics", {}).items() if _is_finite(value)},

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,23 @@ def test_a_new_attempt_does_not_show_the_progress_of_the_last(tmp_path: Path) ->
     (tmp_path / "progress.json").write_text('{"phase": "train", "step": 9, "num_steps": 9}')
     attempt(tmp_path)
     assert not (tmp_path / "progress.json").exists()
+
+
+def test_an_attempt_knows_how_long_those_before_it_took_at_the_same_build(tmp_path: Path) -> None:
+    first = attempt(tmp_path)
+    log = first.logs(tmp_path) / "rank_0.log"
+    log.touch()
+    began = datetime.fromisoformat(first.started).timestamp()
+    os.utime(log, (began + 30, began + 30))
+    second = attempt(tmp_path)
+    assert second.earlier == [{"started": first.started, "seconds": 30.0, "num_processes": first.num_processes}]
+    (tmp_path / "progress.json").touch()
+    os.utime(tmp_path / "progress.json", (began + 40, began + 40))
+    third = attempt(tmp_path)
+    assert [each["seconds"] for each in third.earlier] == [30.0, pytest.approx(40.0, abs=2.0)]
+    record = json.loads((tmp_path / "stage.json").read_text())
+    (tmp_path / "stage.json").write_text(json.dumps({**record, "fingerprint": "of something else"}))
+    assert attempt(tmp_path).earlier == [], "what was spent on something else"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "5", "{}", '{"name": "sft"}'])

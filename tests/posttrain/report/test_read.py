@@ -151,6 +151,19 @@ def test_what_another_run_built_costs_nothing_here(make_run):
     assert stage.is_reused and stage.seconds == 3600 and stage.process_hours == 0
 
 
+def test_the_time_of_a_resumed_stage_is_that_of_all_its_attempts(make_run):
+    made = make_run()
+    before = read_made(made).stages[0]
+    file = made.directory / "sft" / "stage.json"
+    told = json.loads(file.read_text())
+    told["earlier"] = [{"started": told["started"], "seconds": 600.0, "num_processes": 4}]
+    file.write_text(json.dumps(told))
+    after = read_made(made).stages[0]
+    assert after.seconds == before.seconds + 600
+    assert after.process_hours == pytest.approx(before.process_hours + 600 * 4 / 3600)
+    assert after.ended == before.ended
+
+
 def test_completions_are_the_best_and_the_worst_to_one_prompt_of_some_steps(make_run):
     made = make_run()
     lines = [
