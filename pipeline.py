@@ -1983,7 +1983,8 @@ def _progress_text(row: Mapping[str, Any]) -> str:
     if not progress:
         return ""
     steps = f" {progress['step']}/{progress['num_steps']}" if progress.get("num_steps") else ""
-    return f"{progress['phase']}{steps}"
+    at = f"{progress['phase']}{steps}"
+    return at if row["action"] == "running" else f"stopped at {at}"
 
 
 def _show_results(console: "Console", selected: Sequence[Node], config: Path, overrides: Sequence[str]) -> None:
@@ -2056,9 +2057,11 @@ def _print_fitted(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None
 
 
 def _stop(signum: int) -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # `timeout` sends it twice, and stages are being stopped in order by then
     if why := ledger.lost_lease():
         raise ledger.LeaseLost(why)
-    raise Preempted(f"stopped by {signal.Signals(signum).name}")
+    raise Preempted(f"by {signal.Signals(signum).name}")
 
 
 def main() -> int:

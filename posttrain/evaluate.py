@@ -99,7 +99,8 @@ class Encoded:
 
     scored: list[Scored] = field(default_factory=list)
     asked: dict[int, Asked] = field(default_factory=dict)
-    too_long: list[int] = field(default_factory=list)
+    too_long: dict[int, int] = field(default_factory=dict)
+    """Row to its length in tokens."""
 
     @property
     def digest(self) -> str:
@@ -127,7 +128,7 @@ class Rows:
         """Whether the policies answer a row."""
         return any(self.checks[index]) or index in self.shown
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, contract: ChatContract, max_length: int) -> Encoded:
+    def encode(self, tokenizer: PreTrainedTokenizerBase, contract: ChatContract, max_length: int, at: str) -> Encoded:
         """The rows as tokens. A conversation is scored up to its end; a row with checks is answered from its last question."""
         encoded = Encoded()
         for index, row in enumerate(self.rows):
@@ -141,14 +142,17 @@ class Rows:
                 asked = Asked(encode_prompt(tokenizer, self.turns[index][0], row.tools, row.origin), self.turns[index], self.checks[index])
                 whole = _interleaved(asked.turns, [PROBE_ANSWER] * (len(asked.turns) - 1))
                 lengths.append(len(encode_prompt(tokenizer, whole, row.tools, row.origin)))
-            if max(lengths, default=0) > max_length:
-                encoded.too_long.append(index)
+            if (longest := max(lengths, default=0)) > max_length:
+                encoded.too_long[index] = longest
                 continue
             encoded.scored.extend(scored)
             if asked:
                 encoded.asked[index] = asked
         if self.rows and not encoded.scored and not encoded.asked:
-            raise UserError(f"eval: all {len(self.rows)} rows are over max_length: {max_length}; raise it")
+            longest = max(encoded.too_long.values(), default=0)
+            raise UserError(
+                f"{at}: all {len(self.rows):,} rows are over {at}.max_length: {max_length}; raise it, to {longest:,} for all of them"
+            )
         return encoded
 
     def _scored(self, index: int, row: Conversation | Pair, tokenizer: PreTrainedTokenizerBase, contract: ChatContract) -> list[Scored]:
@@ -196,8 +200,8 @@ class Policy:
 
     name: str
     results: list[Result] = field(default_factory=list)
-    num_too_long: int = 0
-    """Rows over `max_length` in this policy's tokens, which are left out."""
+    too_long: dict[int, int] = field(default_factory=dict)
+    """Rows over `max_length` in this policy's tokens, which are left out, to their lengths."""
 
 
 def read_rows(context: StageContext[Any]) -> Rows:
@@ -586,8 +590,10 @@ class Evaluation:
             own = compare_measured({judge.name: measured[judge.name]}, confidence=config.confidence, seed=config.seed)
             table["results"] += own
             table["notes"].append(describe(own))
-        if too_long := max(policy.num_too_long for policy in self.policies):
-            table["notes"].append(f"{too_long} of {len(self.rows.rows)} rows are over max_length and were left out")
+        if too_long := max((policy.too_long for policy in self.policies), key=len):
+            over = f"{len(too_long):,} of {len(self.rows.rows):,} rows are over {self.context.at}.max_length: {config.max_length}"
+            first = f"the first: {self.rows.rows[min(too_long)].origin}"
+            table["notes"].append(f"{over} and were left out, {first}; raise it, to {max(too_long.values()):,} for all of them")
         table["notes"] += self.notes
         output.mkdir(parents=True, exist_ok=True)
         (output / "table.json").write_text(json.dumps(table, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -640,12 +646,12 @@ def measure_policies(context: StageContext[Any]) -> Evaluation:
     is_vllm = bool(rows.rows) and answers_by_vllm(context, contracts)
     evaluation = Evaluation(context, rows, contracts, Kept(context), Shared(context, device), progress, device, is_vllm=is_vllm)
     for given, (tokenizer, contract) in zip(context.inputs["policies"], contracts, strict=True):
-        encoded = rows.encode(tokenizer, contract, context.config.max_length)
+        encoded = rows.encode(tokenizer, contract, context.config.max_length, context.at)
         settings = {"engine": engine_name(is_vllm=is_vllm), "contract": contract.digest, "max_new_tokens": context.config.max_new_tokens}
         key = {**settings, "rows": encoded.digest, "max_length": context.config.max_length}
         compute = partial(measure, context, evaluation.kept, given, tokenizer, contract, rows, encoded, device, progress, is_vllm=is_vllm)
         results = evaluation.shared.results(given, key, compute) if rows.rows else []
-        evaluation.policies.append(Policy(given.name, results, len(encoded.too_long)))
+        evaluation.policies.append(Policy(given.name, results, encoded.too_long))
     return evaluation
 
 

@@ -112,7 +112,7 @@ def prepare(context: StageContext[EvalConfig]) -> None:
     disk.write_json(context.directory / PREFLIGHT_FILE, {"summary": rows.summary})
     contracts = open_contracts(context)
     for tokenizer, contract in contracts:
-        rows.encode(tokenizer, contract, context.config.max_length)
+        rows.encode(tokenizer, contract, context.config.max_length, context.at)
     if rows.rows:
         answers_by_vllm(context, contracts)
     check_rewards(context, rows)

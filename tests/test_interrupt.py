@@ -99,17 +99,18 @@ def test_a_run_that_is_ended_in_every_way_leaves_nothing_behind_and_goes_on_wher
     row = actions(posttrain, chain)
     assert (row["action"], row["why"]) == ("resume", f"from the checkpoint of step {last_checkpoint(chain)}")
 
-    # Ctrl-C while it trains reaches the whole process group: the step at hand is saved.
-    killed_at = last_checkpoint(chain)
-    driver = start()
-    driver.meet(lambda: is_past(chain, killed_at + 2, attempt=2), "training was to go on")
-    driver.signal(signal.SIGINT, whole_group=True)
-    code, err = driver.ended()
-    assert code == 75
-    assert err.splitlines()[-1].startswith("stopped: ")
-    assert "Traceback" not in err
-    assert last_checkpoint(chain) > killed_at + 2
-    assert actions(posttrain, chain)["action"] == "resume"
+    # Ctrl-C while it trains reaches the whole process group, as SIGTERM of `timeout` does: the step at hand is saved.
+    for attempt, number in ((2, signal.SIGINT), (3, signal.SIGTERM)):
+        killed_at = last_checkpoint(chain)
+        driver = start()
+        driver.meet(lambda at=killed_at, attempt=attempt: is_past(chain, at + 2, attempt=attempt), "training was to go on")
+        driver.signal(number, whole_group=True)
+        code, err = driver.ended()
+        assert code == 75
+        assert err.splitlines()[-1].startswith("stopped: ")
+        assert "Traceback" not in err
+        assert last_checkpoint(chain) > killed_at + 2
+        assert actions(posttrain, chain)["action"] == "resume"
 
     # Left alone, it finishes, with every step logged once.
     stopped_at = last_checkpoint(chain)

@@ -767,7 +767,7 @@ def test_status_says_how_far_a_stage_is_and_of_a_finished_one_that_it_is_finishe
     (project.stage("dpo") / "artifact.json").unlink()
     sft, dpo = project.call("status", "--root", project.root).out.splitlines()[1:][::-1]
     assert "finished" in sft and "train" not in sft
-    assert "train 3/9" in dpo and "finished" not in dpo
+    assert "stopped at train 3/9" in dpo and "finished" not in dpo
 
 
 def test_status_of_a_root_without_runs_is_empty(project: Project) -> None:

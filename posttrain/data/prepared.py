@@ -8,7 +8,7 @@ without its manifest, which is written last, is never read, nor one whose files 
 import fcntl
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -24,7 +24,7 @@ from posttrain import disk
 from posttrain.artifact import fingerprint_source
 from posttrain.batch import Sizes
 from posttrain.data.rows import AnyRow, Row, question
-from posttrain.data.samples import Encoder, Fault, LeftOut
+from posttrain.data.samples import Encoder, Fault, LeftOut, TooLong
 from posttrain.data.source import OpenSource, open_source, unit_bits
 from posttrain.error import UserError
 from posttrain.footprint import Rows, read_content
@@ -130,7 +130,8 @@ def prepare(
 ) -> Prepared:
     """Encode every row of an input, or find it encoded already. Writes `prepared.json` into the stage directory.
 
-    Those of another role than `data` come after these, and are told beside them. The first row with a fault that is `fatal` ends it.
+    Those of another role than `data` come after these, and are told beside them. The first row with a fault that is `fatal` ends it;
+    rows that are too long, where none is wanted, end it when all have been counted.
     Of several processes that want the same at once, one makes it, by default with all cores. A stage that is only tried gets the
     longest samples alone: of all rows where they are prepared already or are no more than can be in a minute, else of the first ones.
     """
@@ -144,8 +145,7 @@ def prepare(
     if not _is_whole(path, hashes):
         shelf.mkdir(parents=True, exist_ok=True)
         progress = Progress(context.directory, is_main=context.is_main)
-        progress.phase("wait for another process that prepares the same data")
-        with _alone(path):
+        with _alone(path, lambda: progress.phase("wait for another process that prepares the same data")):
             if not _is_whole(path, hashes):
                 progress.phase("prepare data")
                 disk.discard_damaged(path, hashes)
@@ -233,11 +233,15 @@ def _is_whole(path: Path, hashes: disk.HashCache) -> bool:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _alone(path: Path, say_waiting: Callable[[], None]) -> Iterator[None]:
     """Wait until no other process makes `path`, and take away what a killed one left. A disk without locks lets all go on."""
     with path.with_name(f".{path.name}.lock").open("a") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say_waiting()
+                fcntl.flock(lock, fcntl.LOCK_EX)
             for left in path.parent.glob(f".{path.name}.partial-*"):
                 shutil.rmtree(left, ignore_errors=True)
         except OSError:
@@ -256,6 +260,8 @@ class _Chunk:
     examples: dict[str, str]
     trained: tuple[npt.NDArray[Any], npt.NDArray[np.int64]]
     """The tokens that are trained, and how often each."""
+    too_long: list[TooLong]
+    """Rows that are, where none is wanted."""
 
 
 @dataclass
@@ -268,6 +274,10 @@ class _Total:
     num_tokens: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    first_too_long: TooLong | None = None
+    num_too_long: int = 0
+    longest: int = 0
+    """Of the rows that are too long, in tokens."""
 
     def add(self, chunk: _Chunk) -> None:
         self.num_read += chunk.num_read
@@ -277,6 +287,19 @@ class _Total:
         self.examples = chunk.examples | self.examples
         tokens, counts = chunk.trained
         self.trained[tokens] += counts
+        if chunk.too_long:
+            self.first_too_long = self.first_too_long or chunk.too_long[0]
+            self.num_too_long += len(chunk.too_long)
+            self.longest = max(self.longest, *(row.length for row in chunk.too_long))
+
+    def check_lengths(self) -> None:
+        """Raise `UserError` where a row is too long: which is the first, how many are, and what would hold them all."""
+        if (first := self.first_too_long) is None:
+            return
+        if self.num_too_long == 1:
+            raise first
+        others = f"{self.num_too_long - 1:,} more of {self.num_read:,} rows"
+        raise UserError(f"{first.what}, as are {others}; raise it, to {self.longest:,} for all of them, or {first.else_do}")
 
 
 def _encode_rows(
@@ -294,6 +317,7 @@ def _encode_rows(
     with disk.new_entry(path) as (aside, record):
         chunks = _encode_chunks(encoder, islice(encoder.rows(source.rows()), most), fatal, num_processes)
         total = _write_rows(aside / "rows.arrow", chunks, encoder, progress)
+        total.check_lengths()
         if not total.num_rows:
             raise UserError(f"{context.at}: no row of {given.name} is left to train on; the first: {next(iter(total.examples.values()))}")
         np.save(aside / "trained.npy", total.trained)
@@ -325,9 +349,13 @@ def _encode_chunk(encoder: Encoder, rows: Sequence[tuple[int, Row]], fatal: froz
     left_out: Counter[str] = Counter()
     examples: dict[str, str] = {}
     targets: list[int] = []
+    too_long: list[TooLong] = []
     for index, row in rows:
         try:
             sample = encoder.encode(row)
+        except TooLong as fault:
+            too_long.append(fault)
+            continue
         except LeftOut as fault:
             if fault.fault in fatal:
                 raise
@@ -353,7 +381,7 @@ def _encode_chunk(encoder: Encoder, rows: Sequence[tuple[int, Row]], fatal: froz
         targets += sample.targets
     batch = pa.RecordBatch.from_pydict(columns, schema=_schema(encoder))
     trained = np.unique(np.asarray(targets, dtype=np.int64), return_counts=True)
-    return _Chunk(batch, len(rows), sum(columns["length"]), left_out, examples, trained)
+    return _Chunk(batch, len(rows), sum(columns["length"]), left_out, examples, trained, too_long)
 
 
 def _schema(encoder: Encoder) -> "pa.Schema":

@@ -37,6 +37,18 @@ class LeftOut(UserError):
         return type(self), (self.fault, str(self))
 
 
+class TooLong(UserError):
+    """A row over `max_length`, where none is wanted."""
+
+    def __init__(self, what: str, else_do: str, length: int) -> None:
+        """`what` is wrong with which row, and `else_do` is what to do where `max_length` is not raised to `length`, in tokens."""
+        super().__init__(f"{what}; raise it, or {else_do}")
+        self.what, self.else_do, self.length = what, else_do, length
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what, self.else_do, self.length)
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One row, ready to be trained on."""
@@ -237,7 +249,7 @@ def prompt_encoder(
                 f"over {at}.max_length: {max_length}"
             )
             if on_overflow == "error":
-                raise UserError(f"{message}; raise it, or set {at}.on_overflow: drop")
+                raise TooLong(message, f"set {at}.on_overflow: drop", len(whole.ids) + max_completion_length)
             raise LeftOut("over_max_length", message)
         return Sample({"input_ids": whole.ids}, [], len(whole.ids), is_cut=False, is_unstopped=False, is_asked_otherwise=False)
 
@@ -296,12 +308,12 @@ def _trained(message: Message, train: bool) -> Message:
 
 
 def _is_over(length: int, max_length: int, on_overflow: OnOverflow, origin: str, at: str) -> bool:
-    """Whether to cut the row to `max_length`. Raises `LeftOut` where it is to be dropped, `UserError` where neither is wanted."""
+    """Whether to cut the row to `max_length`. Raises `LeftOut` where it is to be dropped, `TooLong` where neither is wanted."""
     if length <= max_length:
         return False
     message = f"{origin}: {length} tokens, over {at}.max_length: {max_length}"
     if on_overflow == "error":
-        raise UserError(f"{message}; raise it, or set {at}.on_overflow to drop or truncate")
+        raise TooLong(message, f"set {at}.on_overflow to drop or truncate", length)
     if on_overflow == "drop":
         raise LeftOut("over_max_length", message)
     return True

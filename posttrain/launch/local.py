@@ -62,11 +62,14 @@ def local_launcher(console: "Console", deadline: float) -> Iterator[Callable[[Pa
     context.set_forkserver_preload(PRELOAD)
     # Libraries that start threads at import would have them in the parent, where a fork loses them.
     with _environment(**LIBRARIES, POSTTRAIN_DRIVER=str(os.getpid())):
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver to hear, and the parent inherits this
+        # What stops a run is for the driver to hear, and the parent inherits this: `timeout` and systemd signal all processes at once,
+        # and ranks die with their parent before they have saved.
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
         try:
             forkserver.ensure_running()
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, old in before.items():
+                signal.signal(number, old)
 
     def launch(directory: Path, attempt: Attempt) -> None:
         with Watcher(directory, attempt.name, console) as watcher, ExitStack() as background:

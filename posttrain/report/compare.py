@@ -1,10 +1,11 @@
 """Comparison: several runs beside each other, each held against the first: settings that differ, what was measured, what it cost.
 
 Where two runs measured on the same rows, the difference is paired by row and has an interval (`posttrain.metrics.measured`);
-where they did not, the values stand beside each other and no difference is claimed.
+where they did not, the values stand beside each other and no difference is claimed. What is the very same build in all runs is
+named, and not held against itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,14 @@ class Comparison:
     """`<stage>.<metric>` of the stages that trained or curated, and the value of each run; only where they differ."""
     confidence: float | None
     """Of the intervals; None without an evaluation."""
+    same: list[tuple[str, str]]
+    """What is one build in all runs, so that nothing of it can differ: a stage, or `<stage>: <policy>` of an evaluation, and why."""
 
     @property
     def stages(self) -> list[str]:
-        """Stages that logged steps in any of the runs."""
-        return list(dict.fromkeys(stage.name for run in self.runs for stage in run.stages if stage.steps))
+        """Stages that logged steps in any of the runs, and are not one build in all of them."""
+        same = {name for name, _ in self.same}
+        return list(dict.fromkeys(stage.name for run in self.runs for stage in run.stages if stage.steps and stage.name not in same))
 
     def steps(self, name: str) -> dict[str, list[dict[str, float]]]:
         """What the stage of that name logged, by run."""
@@ -95,6 +99,7 @@ class Comparison:
             ("settings that differ", columns, [[name, *map(_plain, values)] for name, values in self.settings]),
             ("measured", ("", "rows", *self.names), results),
             ("metrics of stages that differ", columns, [[name, *(_number(value) for value in values)] for name, values in self.metrics]),
+            ("the same in all", ("", "why"), [list(each) for each in self.same]),
             ("cost", columns, costs),
         ]
         return [(title, header, rows) for title, header, rows in tables if rows]
@@ -122,6 +127,7 @@ class Comparison:
             ],
             "metrics": {name: dict(zip(self.names, values, strict=True)) for name, values in self.metrics},
             "confidence": self.confidence,
+            "same": dict(self.same),
         }
 
 
@@ -135,13 +141,15 @@ def compare_runs(runs: Sequence[RunReport]) -> Comparison:
     if len(set(names)) < len(names):
         names = [str(Path(run.directory)) for run in runs]
     evaluated = [stage for run in runs for stage in run.stages if stage.evaluation]
+    same = _same(runs)
     return Comparison(
         names,
         list(runs),
         _differing([_settings_of(run) for run in runs]),
-        _measured(runs),
+        _measured(runs, {name for name, _ in same}),
         _metrics(runs),
         evaluated[0].config["confidence"] if evaluated else None,
+        same,
     )
 
 
@@ -193,11 +201,36 @@ def _metrics(runs: Sequence[RunReport]) -> list[tuple[str, list[float | None]]]:
     return found
 
 
-def _measured(runs: Sequence[RunReport]) -> list[Row]:
-    """Of each evaluation that the first run has too, each policy and metric."""
+def _same(runs: Sequence[RunReport]) -> list[tuple[str, str]]:
+    """What is one build in all runs, and why it is: whole stages, and policies of which evaluations cannot but measure the same."""
+    found = []
+    for first in runs[0].stages:
+        having = [stage for run in runs if (stage := _stage(run, first.name))]
+        if len(having) < len(runs):
+            continue
+        if first.id is not None and all(stage.id == first.id for stage in having):
+            found.append((first.name, f"one build, {first.id}"))
+        elif first.evaluation and all(stage.evaluation for stage in having):
+            for policy in first.evaluation.policies:
+                if all(_decides(stage, policy) == _decides(first, policy) for stage in having):
+                    found.append((f"{first.name}: {policy}", "one policy, measured by the same settings on the same data"))
+    return found
+
+
+def _decides(stage: StageReport, policy: str) -> list[Any]:
+    """All that decides what an evaluation finds of a policy.
+
+    It is how it measures; that policy and the first one, with which duels are held; and what else it reads: data, reward models.
+    """
+    beside = [name for role, names in stage.reads.items() if role != "policies" for name in names]
+    return [stage.identity, stage.version, *(stage.inputs.get(name) for name in (policy, stage.reads["policies"][0], *beside))]
+
+
+def _measured(runs: Sequence[RunReport], same: Collection[str]) -> list[Row]:
+    """Of each evaluation that the first run has too, each policy and metric, but for what is `same`."""
     rows: list[Row] = []
     for first in runs[0].stages:
-        if not first.evaluation:
+        if not first.evaluation or first.name in same:
             continue
         stages = [_stage(run, first.name) for run in runs]
         measured: list[dict[str, dict[str, Measured]]] = []
@@ -207,7 +240,7 @@ def _measured(runs: Sequence[RunReport]) -> list[Row]:
                 for line in read_rows(Path(run.directory) / stage.name / artifact.OUTPUT):
                     by_policy.setdefault(str(line.get("policy")), []).append(line)
             measured.append({policy: measure_results(results) for policy, results in by_policy.items()})
-        for policy in dict.fromkeys(policy for each in measured for policy in each):
+        for policy in dict.fromkeys(policy for each in measured for policy in each if f"{first.name}: {policy}" not in same):
             for metric in dict.fromkeys(metric for each in measured for metric in each.get(policy, {})):
                 found = [each.get(policy, {}).get(metric) for each in measured]
                 results = [_result(found[0], got, first, stage) for got, stage in zip(found, stages, strict=True)]

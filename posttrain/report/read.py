@@ -167,6 +167,7 @@ class StageReport:
     """What a run would do about it, or that one is at it: an action of `plan`."""
     why: str
     reads: dict[str, list[str]]
+    """Role to the names of what the last attempt read; before there is one, of what it is going to."""
     inputs: dict[str, dict[str, str]]
     """Name of each input to the `id` and `fingerprint` that were read."""
     id: str | None
@@ -174,6 +175,8 @@ class StageReport:
     fingerprint: str | None
     identity: dict[str, Any]
     """What of its config changes its output, where that is not the default."""
+    version: int | None
+    """Of the stage's code, which another output of the same config makes another."""
     config: dict[str, Any]
     attempts: int
     num_processes: int
@@ -294,11 +297,12 @@ def _read_stage(directory: Path, row: Mapping[str, Any]) -> StageReport:
         output=_output_kind(kind),
         action=row["action"],
         why=row["why"],
-        reads={role: list(names) for role, names in row["inputs"].items()},
+        reads={role: [entry["name"] for entry in entries] for role, entries in attempt.inputs.items()} if attempt else dict(row["inputs"]),
         inputs=dict(payload.get("inputs") or (attempt.input_builds if attempt else {})),
         id=payload.get("id"),
         fingerprint=payload.get("fingerprint") or (attempt.fingerprint if attempt else None),
         identity=dict(attempt.identity) if attempt else {},
+        version=attempt.version if attempt else None,
         config=dict(attempt.config) if attempt else {},
         attempts=attempt.number if attempt else 0,
         num_processes=attempt.num_processes if attempt else 1,

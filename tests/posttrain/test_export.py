@@ -300,7 +300,7 @@ def test_a_gguf_is_put_beside_the_weights(export: Callable[..., Ended], converte
     [
         ("fails", 1, "convert_hf_to_gguf.py failed with 1: Model LlamaForCausalLM is not supported; nothing was written"),
         ("writes something else", 1, "convert_hf_to_gguf.py wrote is no GGUF; nothing was written"),
-        ("is interrupted", 75, "stopped by SIGTERM"),
+        ("is interrupted", 75, "stopped: by SIGTERM"),
     ],
 )
 def test_an_export_that_ends_early_leaves_nothing(

@@ -1,6 +1,7 @@
 """The preflight says what will be trained on, in true figures, and stops a stage whose data exceed a limit."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -138,7 +139,14 @@ def test_a_data_set_that_is_wired_to_training_and_evaluation_is_said_and_not_ref
 
 def test_rows_over_max_length_are_refused_dropped_or_cut(run, tmp_path):
     long = [*CLEAN, ("long?", "word " * 200)]
-    assert "data.jsonl:11: " in (line := refused(run(long))) and "over stages.sft.max_length: 120" in line
+    assert "data.jsonl:11: " in (line := refused(run(long))) and "over stages.sft.max_length: 120; raise it, or set" in line
+    longer = [*long, ("longer?", "word " * 300)]
+    line = refused(run(longer))
+    needed = re.search(
+        r"max_length: 120, as are 1 more of 12 rows; raise it, to (\S+) for all of them, or set stages.sft.on_overflow", line
+    )
+    assert "data.jsonl:11: " in line and needed, line
+    assert run(longer, f"stages.sft.max_length={needed[1].replace(',', '')}", "run=roomy").code == 0, "so it is as many as are needed"
     assert "1 rows of chat, 9.1% and over 5.0%, are over stages.sft.max_length" in refused(
         run(long, "stages.sft.on_overflow=drop", "stages.sft.preflight.over_max_length=0.05")
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -387,7 +388,14 @@ def test_rows_over_the_limit_are_left_out_and_counted(posttrain: Cli, pipeline_f
     base = ("--only", "eval", "stages.eval.inputs={policies: base, data: chat}", "stages.eval.max_length=70")
     ended = posttrain("run", pipeline_file, "--root", tmp_path, *base)
     assert ended.code == 0, ended.err
-    assert "of 24 rows are over max_length and were left out" in ended.out
+    told = re.search(
+        r"of 24 rows are over stages.eval.max_length: 70 and were left out, the first: \S+:\d+; raise it, to (\d+) ", ended.out
+    )
+    assert told, ended.out
+    ended = posttrain("run", pipeline_file, "--root", tmp_path, "run=roomy", *base[:-1], f"stages.eval.max_length={told[1]}")
+    assert ended.code == 0 and "left out" not in ended.out, "so it is as many as are needed"
+    ended = posttrain("run", pipeline_file, "--root", tmp_path, "run=none", *base[:-1], "stages.eval.max_length=4")
+    assert ended.code == 2 and f"all 24 rows are over stages.eval.max_length: 4; raise it, to {told[1]} for all" in ended.err, ended.err
 
 
 @pytest.mark.parametrize(

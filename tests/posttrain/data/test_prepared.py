@@ -1,13 +1,16 @@
 """Prepared data is made once for what decides it, is never half there, and holds every row or says why not."""
 
+import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,7 @@ from posttrain.data.rows import Pair, Row
 from posttrain.data.samples import IGNORED, Encoder, LeftOut, conversation_encoder, pair_encoder
 from posttrain.data.source import open_source
 from posttrain.error import UserError
+from posttrain.progress import Progress
 from posttrain.stage import Input, StageConfig, StageContext
 from tests.posttrain.data.test_samples import AT, FRAME, contracted, encoder_of
 
@@ -198,6 +202,21 @@ def test_of_two_that_prepare_the_same_at_once_one_makes_it_and_both_have_it(tmp_
     assert read_prepared(context_in(tmp_path, "a")) == read_prepared(context_in(tmp_path, "b")) == read_prepared(context_in(tmp_path, "c"))
     assert counting.num_calls == 3
     assert len(made_in(tmp_path)) == 1
+
+
+def test_waiting_is_said_where_another_process_is_at_it_and_only_there(tmp_path, chat, monkeypatch):
+    told: list[str] = []
+    begin = Progress.phase
+    monkeypatch.setattr(Progress, "phase", lambda progress, name: (told.append(name), begin(progress, name)))
+    encoder = encoder_of(conversation_encoder)
+    path = prepare(context_in(tmp_path), chat, encoder).path
+    assert told == ["prepare data"]
+    shutil.rmtree(path)
+    with path.with_name(f".{path.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        Timer(0.5, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
+        prepare(context_in(tmp_path), chat, encoder)
+    assert told[1:] == ["wait for another process that prepares the same data", "prepare data"]
 
 
 @pytest.mark.parametrize(("module", "name"), [(np, "save"), (disk, "publish_directory")], ids=["rows only", "all but its place"])

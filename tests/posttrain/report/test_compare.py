@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import pipeline
+from posttrain import artifact
+from posttrain.config import read_pipeline
 from posttrain.report import compare, read
-from tests.posttrain.report.conftest import answer_results, nll_results
+from tests.posttrain.report.conftest import Made, answer_results, nll_results
 
 NUM_ROWS = 60
 
@@ -100,6 +102,37 @@ def test_a_stage_that_only_one_run_has_stands_beside_nothing(make_run):
     opened = [pipeline._open_run(name, (), made[0].root) for name in ("a", "b")]
     found = compare.compare_runs([read.read_run(directory, list_rows()) for directory, list_rows in opened])
     assert ("stages.dpo", ["dpo", None]) in found.settings and not [name for name, _ in found.settings if name.startswith("stages.dpo.")]
+
+
+def test_what_is_one_policy_in_both_is_named_and_not_held_against_itself(make_run, posttrain, tmp_path):
+    results = nll_results("base", [6.0, 6.0], [2, 2]) + nll_results("dpo", [4.0, 2.0], [2, 2])
+    one, other = make_run("a", results=results), make_run("b", results=results, learning_rate=2e-3)
+    assert {row.policy for row in compared(one, other).rows} == {"dpo"}
+    ended = posttrain("compare", "a", "b", "--root", one.root, "--html", tmp_path / "x.html")
+    assert "eval: base: nll" not in ended.out and "eval: base   one policy" in ended.out, ended.out
+    assert "one policy, measured" in (tmp_path / "x.html").read_text()
+    elsewhere = make_run("c", results=results, learning_rate=2e-3, prompts=["another?", "still another?"])
+    assert {row.policy for row in compared(one, elsewhere).rows} == {"base", "dpo"}, "on other data it may be otherwise"
+
+
+def test_stages_that_another_run_built_are_named_and_their_curves_not_drawn_twice(make_run):
+    made = make_run("a", results=nll_results("dpo", [4.0, 2.0], [2, 2]))
+    config = made.config.with_name("b.yaml")
+    config.write_text(made.config.read_text().replace("run: a", "run: b"))
+    for node in pipeline.plan(read_pipeline(config), made.root)[:2]:
+        found = artifact.read_artifact(made.directory / node.name)
+        assert found is not None
+        pipeline._reuse(node, found)
+    comparison = compared(made, Made(config, made.root, "b"))
+    assert [name for name, _ in comparison.same] == ["sft", "dpo"] and not comparison.stages
+
+
+def test_a_pipeline_file_that_reads_otherwise_by_now_is_compared_by_what_was_read(make_run):
+    results = nll_results("dpo", [4.0, 2.0], [2, 2])
+    one, other = make_run("a", results=results), make_run("b", results=results, learning_rate=2e-3)
+    one.config.write_text(one.config.read_text().replace("data: [heldout]", "data: [heldout, chat]"))
+    (row,) = compared(one, other).rows
+    assert row.results[1].difference == 0.0
 
 
 def test_the_terminal_shows_it_all_and_so_do_json_and_the_page(two, posttrain, tmp_path):
