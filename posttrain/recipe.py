@@ -22,7 +22,7 @@ TRACKER_LIBRARIES: Mapping[Tracker, tuple[str, ...]] = {
 
 
 MAX_SHARD_BYTES = 10**9
-MOST_TOKENS = {"cpu": 512, "cpu in 16 bits": 1024, "cuda": 16384}
+MOST_TOKENS = {"cpu": 512, "cpu in 16 bits": 2048, "cuda": 16384}
 """Tokens at once beyond which a step gets no faster: its matrix multiplications are as fast as they get, and in 16 bits what is done
 once for each micro-batch, such as to add up gradients in float32, is no more than a small part."""
 SHARE_OF_MEMORY = 0.5
