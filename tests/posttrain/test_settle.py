@@ -98,6 +98,12 @@ def test_the_best_exact_layout_is_taken_and_written_down(tmp_path: Path) -> None
     }
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes here")
+def test_in_16_bits_more_tokens_are_computed_at_once(tmp_path: Path) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert settled(tmp_path).micro_batch_tokens == MOST_TOKENS["cpu in 16 bits"] > MOST_TOKENS["cpu"]
+
+
 def test_a_model_that_only_padded_rows_are_exact_for_is_computed_padded_and_the_record_says_why(tmp_path: Path) -> None:
     found = settled(tmp_path, "mistral, a narrow window")
     assert found.layout == "padded"
