@@ -93,8 +93,8 @@ def test_losses_in_bfloat16_equal_those_of_a_plain_loop_under_autocast(
     stage = run_sft(posttrain, pipeline_file, tmp_path / "runs", *CONSTANT, "stages.sft.bf16=true", *overrides)
     model = start_model(tiny, stage / "output")
     expected = reference_losses(model, read_samples(stage), num_steps=6, batch=8, lr=1e-3, bf16=True)
-    assert losses(stage) == pytest.approx(expected, rel=5e-3)
-    assert min(abs(a / b - 1) for a, b in itertools.pairwise(expected)) > 0.02, "a step with the weights of the one before would be seen"
+    assert losses(stage) == pytest.approx(expected, rel=3e-3)
+    assert min(abs(a / b - 1) for a, b in itertools.pairwise(expected)) > 0.01, "a step with the weights of the one before would be seen"
 
 
 @pytest.mark.parametrize(
