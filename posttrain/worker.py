@@ -45,8 +45,6 @@ METRICS_FILE = "final_metrics.json"
 WAIT_FOR_PREPARE_S = 24 * 3600
 LOWEST_PRIORITY = 19
 AGAIN_S = 2.0
-STOPPING = (signal.SIGTERM, signal.SIGUSR2)
-"""Signals by which a rank is asked to stop in order."""
 
 _is_stopping = threading.Event()
 
@@ -70,8 +68,9 @@ def worker(directory: Path, phase: Phase, rendezvous: Mapping[str, str]) -> None
 
 def _hear_signals() -> None:
     """Of the signals that the warm parent is deaf to, hear what asks a rank to stop; Ctrl-C the driver hears too, and asks for that."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 def work_ahead(directory: Path) -> None:

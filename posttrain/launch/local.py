@@ -25,7 +25,7 @@ from posttrain.error import EXIT_PREEMPTED, EXIT_USER, Preempted, StageFailed, U
 from posttrain.heartbeat import Lookout
 from posttrain.ledger import PREFLIGHT_FILE, Attempt, LeaseLost
 from posttrain.progress import Watcher
-from posttrain.worker import ERROR_FILE, STOPPING, Phase, work_ahead, worker
+from posttrain.worker import ERROR_FILE, Phase, work_ahead, worker
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,14 +63,13 @@ def local_launcher(console: "Console", deadline: float) -> Iterator[Callable[[Pa
     # Libraries that start threads at import would have them in the parent, where a fork loses them.
     with _environment(**LIBRARIES, POSTTRAIN_DRIVER=str(os.getpid())):
         # What stops a run is for the driver to hear, and the parent inherits this: `timeout` and systemd signal all processes at once,
-        # and ranks die with their parent before they have saved. Those that a rank is to hear wait until it does.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        # and ranks die with their parent before they have saved.
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
         try:
             forkserver.ensure_running()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            signal.signal(signal.SIGINT, before)
+            for number, old in before.items():
+                signal.signal(number, old)
 
     def launch(directory: Path, attempt: Attempt) -> None:
         with Watcher(directory, attempt.name, console) as watcher, ExitStack() as background:
