@@ -50,6 +50,7 @@ from posttrain.error import (
     EXIT_GATE,
     EXIT_PREEMPTED,
     EXIT_USER,
+    STOP_SIGNALS,
     GateFailed,
     Preempted,
     StageFailed,
@@ -2057,7 +2058,7 @@ def _print_fitted(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None
 
 
 def _stop(signum: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR2):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # `timeout` sends it twice, and stages are being stopped in order by then
     if why := ledger.lost_lease():
         raise ledger.LeaseLost(why)

@@ -13,6 +13,9 @@ EXIT_USER = 2
 EXIT_GATE = 3
 EXIT_PREEMPTED = 75
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+"""The signals by which a scheduler asks work to stop in order."""
+
 
 class UserError(Exception):
     """The user's input is wrong: one line that says where, which value, and how to fix it. Exit code 2, no traceback."""
@@ -35,8 +38,8 @@ class Preempted(BaseException):
 
 @contextmanager
 def heed_signals(handler: Callable[[int], None]) -> Iterator[None]:
-    """Give the signals by which a scheduler asks work to stop in order, SIGTERM and SIGUSR2, to `handler` while the block runs."""
-    before = {number: signal.signal(number, lambda signum, _: handler(signum)) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    """Give `STOP_SIGNALS` to `handler` while the block runs."""
+    before = {number: signal.signal(number, lambda signum, _: handler(signum)) for number in STOP_SIGNALS}
     try:
         yield
     finally:

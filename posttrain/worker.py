@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from posttrain import artifact, disk, heartbeat
-from posttrain.error import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError, heed_signals
+from posttrain.error import EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED, EXIT_USER, STOP_SIGNALS, Preempted, UserError, heed_signals
 from posttrain.ledger import Attempt, check_inputs, open_context, read_attempt
 from posttrain.parallel import num_cores
 from posttrain.provenance import provenance
@@ -56,7 +56,7 @@ def worker(directory: Path, phase: Phase, rendezvous: Mapping[str, str]) -> None
         rendezvous if rendezvous["WORLD_SIZE"] != "1" else {name: rendezvous[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
     )
     _end_with_driver()
-    _hear_signals()
+    hear_signals()
     rank = int(rendezvous["RANK"])
     attempt, stage, context = open_context(
         directory, rank=rank, local_rank=int(rendezvous["LOCAL_RANK"]), world_size=int(rendezvous["WORLD_SIZE"])
@@ -66,17 +66,16 @@ def worker(directory: Path, phase: Phase, rendezvous: Mapping[str, str]) -> None
     _end(code)
 
 
-def _hear_signals() -> None:
-    """Of the signals that the warm parent is deaf to, hear what asks a rank to stop; Ctrl-C the driver hears too, and asks for that."""
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_DFL)
+def hear_signals() -> None:
+    """Hear what asks a rank to stop, also if it was sent since the fork; Ctrl-C the driver hears too, and asks for that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def work_ahead(directory: Path) -> None:
     """Prepare the data of later stages, in a process forked for it, with what the training leaves of a core; ends the process."""
     _end_with_driver()
-    _hear_signals()
+    hear_signals()
     os.nice(LOWEST_PRIORITY)
     attempt = read_attempt(directory)
     assert attempt is not None, "the launcher is given the attempt that it was read from"

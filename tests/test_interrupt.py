@@ -1,16 +1,21 @@
 """However a run is ended, it ends whole: quickly, with no process left behind, and the same command goes on from there."""
 
 import json
+import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from posttrain.disk import read_json
-from tests.faults.harness import Chain, Driver, started
+from posttrain.error import STOP_SIGNALS
+from posttrain.worker import hear_signals
+from tests.faults.harness import Chain, Driver, started, warm_up
 
 NUM_STEPS = 100
 
@@ -139,3 +144,23 @@ def test_a_run_that_is_ended_while_libraries_are_still_being_imported_leaves_not
     if code == 75:
         assert err.splitlines()[-1].startswith("stopped: ")
         assert not (stage / "lease.json").exists()
+
+
+def _listens_late() -> None:
+    time.sleep(1.0)
+    hear_signals()
+    time.sleep(60.0)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_that_comes_before_a_rank_listens_is_not_lost(number: signal.Signals) -> None:
+    warm_up()
+    rank = get_context("forkserver").Process(target=_listens_late)
+    rank.start()
+    assert rank.pid
+    os.kill(rank.pid, number)
+    rank.join(30.0)
+    try:
+        assert rank.exitcode == -number
+    finally:
+        rank.kill()

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from multiprocessing import connection, forkserver, get_context
+from multiprocessing import connection, forkserver, get_context, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from posttrain import disk
 from posttrain.artifact import FILE as ARTIFACT_FILE
 from posttrain.artifact import OUTPUT
-from posttrain.error import EXIT_PREEMPTED, EXIT_USER, Preempted, StageFailed, UserError, heed_signals
+from posttrain.error import EXIT_PREEMPTED, EXIT_USER, STOP_SIGNALS, Preempted, StageFailed, UserError, heed_signals
 from posttrain.heartbeat import Lookout
 from posttrain.ledger import PREFLIGHT_FILE, Attempt, LeaseLost
 from posttrain.progress import Watcher
@@ -63,13 +63,16 @@ def local_launcher(console: "Console", deadline: float) -> Iterator[Callable[[Pa
     # Libraries that start threads at import would have them in the parent, where a fork loses them.
     with _environment(**LIBRARIES, POSTTRAIN_DRIVER=str(os.getpid())):
         # What stops a run is for the driver to hear, and the parent inherits this: `timeout` and systemd signal all processes at once,
-        # and ranks die with their parent before they have saved.
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+        # and ranks die with their parent before they have saved. Blocked and not ignored, so that a rank that was just forked, and
+        # does not listen yet, still gets its own.
+        resource_tracker.ensure_running()  # which would unblock SIGTERM between the two
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             forkserver.ensure_running()
         finally:
-            for number, old in before.items():
-                signal.signal(number, old)
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            signal.signal(signal.SIGINT, before)
 
     def launch(directory: Path, attempt: Attempt) -> None:
         with Watcher(directory, attempt.name, console) as watcher, ExitStack() as background:

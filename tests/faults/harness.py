@@ -25,6 +25,7 @@ from typing import Any
 from posttrain.artifact import read_artifact
 from posttrain.config import read_pipeline
 from posttrain.disk import hash_file, list_files, read_json
+from posttrain.error import STOP_SIGNALS
 from tests.conftest import REPOSITORY, make_tiny, write_chat, write_pairs
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # drivers side by side would wait for their threads on each other's cores
@@ -139,7 +140,8 @@ def _drive(arguments: list[str], log: Path) -> None:
     for stream, name in ((1, "out"), (2, "err")):
         with (log / name).open("w") as file:
             os.dup2(file.fileno(), stream)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a warm parent ignores it, and so do those forked from it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a warm parent is deaf to it and to others, and so are those forked from it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     os.chdir(REPOSITORY)
     _have_a_warm_parent_of_its_own()
     import pipeline
@@ -166,7 +168,7 @@ def _have_a_warm_parent_of_its_own() -> None:
         try:
             for handle in _open_files() - kept - set(passed):
                 os.close(handle)
-            for number in (signal.SIGTERM, signal.SIGUSR2):
+            for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             exec(command[-1], {})
         except SystemExit:
