@@ -456,8 +456,8 @@ def execute(
     decisions = _decide_chosen(nodes, selected, rebuild)
     with ExitStack() as stack:
         launch = None
-        if any(decisions[node.name].action in WORK for node in selected):
-            launch = stack.enter_context(open_launcher(launcher, console, deadline))
+        if work := [node for node in selected if decisions[node.name].action in WORK]:
+            launch = stack.enter_context(open_launcher(launcher, console, deadline, has_deepspeed=_has_deepspeed(work)))
         builds: dict[str, str | None] = {name: decision.build for name, decision in decisions.items()}
         verdicts = _verdicts_beside(nodes, selected, decisions)
         for index, node in enumerate(selected):
@@ -467,7 +467,7 @@ def execute(
             console.print(f"{node.name}  {decision.action}: {decision.why}", highlight=False, soft_wrap=True)
             if decision.action in WORK:
                 if launch is None:  # what was to be reused is gone since
-                    launch = stack.enter_context(open_launcher(launcher, console, deadline))
+                    launch = stack.enter_context(open_launcher(launcher, console, deadline, has_deepspeed=_has_deepspeed([node])))
                 past = {before.name for before in selected[:index]}
                 _try([each for each in tried if each.name not in past and decisions[each.name].action in ANEW], launch, console)
                 to_do = [later for later in selected[index + 1 :] if decisions[later.name].action in WORK]
@@ -502,6 +502,10 @@ def gate_failure(nodes: Sequence[Node], selected: Sequence[Node]) -> GateFailed 
             follows = f"; {', '.join(kept)} did not start" if kept else ""
             return GateFailed(f"stages.{gate.name}: {verdict.fault}{follows}")
     return None
+
+
+def _has_deepspeed(nodes: Sequence[Node]) -> bool:
+    return any(isinstance(node.config, TrainingConfig) and node.config.deepspeed is not None for node in nodes)
 
 
 def _decide_chosen(
@@ -1203,7 +1207,7 @@ def smoke_command(
     if not tried:
         raise UserError(f"{config}: none of the chosen stages trains, so there are no steps to try")
     console = _console(stderr=as_json)
-    with open_launcher(pipeline.launcher, console, math.inf) as launch:
+    with open_launcher(pipeline.launcher, console, math.inf, has_deepspeed=_has_deepspeed(tried)) as launch:
         found = _try(tried, launch, console, is_again=is_again)
     rows = {node.name: str(found.get(node.name, "not yet: what it reads is yet to be made")) for node in tried}
     if as_json:

@@ -356,13 +356,41 @@ def _add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cont
     """Make room for the contract's new tokens; they start as the mean of the old ones (Hewitt, 2021), without noise."""
     if not _brings_tokens(model.config._name_or_path, contract):
         return
-    new = token_ids(tokenizer, contract.added_tokens)
-    if len(tokenizer) > model.config.get_text_config().vocab_size:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    known = model.config.get_text_config().vocab_size
+    new = sorted({*token_ids(tokenizer, contract.added_tokens), *range(known, len(tokenizer))})
+    if len(tokenizer) > known:
+        _enlarge(model, len(tokenizer))
     for table in _embedding_tables(model):
         with gathered([table.weight], modify=True), torch.no_grad():
             if table.weight.numel():  # under ZeRO-3 the ranks that do not modify hold nothing
                 start_tokens(table.weight, new)
+
+
+def _enlarge(model: Any, size: int) -> None:
+    """Give the model room for `size` tokens; the vectors of new ones are still to be set.
+
+    Under ZeRO-3 no more than one table is whole at a time: transformers would leave all of them so until the engine is set up.
+    """
+    tables = _embedding_tables(model)
+    if not all(hasattr(table.weight, "ds_id") and getattr(table, "bias", None) is None for table in tables):
+        model.resize_token_embeddings(size, mean_resizing=False)
+        return
+    import deepspeed
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    for table in tables:
+        old = table.weight
+        with gathered([old]):
+            enlarged = old.new_zeros(size, old.shape[1])
+            enlarged[: len(old)] = old.detach()
+        table.weight = torch.nn.Parameter(enlarged, requires_grad=old.requires_grad)
+        del old, enlarged
+        deepspeed.zero.Init(module=table, config_dict_or_path=deepspeed_config())
+    model.get_input_embeddings().num_embeddings = size
+    if (head := model.get_output_embeddings()) is not None:
+        head.out_features = size
+    model.config.get_text_config().vocab_size = model.vocab_size = size
+    model.tie_weights()
 
 
 def start_tokens(table: torch.Tensor, new: Sequence[int]) -> None:

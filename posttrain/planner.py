@@ -555,11 +555,10 @@ def _bucket_bytes(shape: Shape, job: Job) -> int:
 
 def _kept_bytes(shape: Shape, job: Job) -> int:
     """What the C library keeps under DeepSpeed on a CPU: copies of gathered weights by gloo, each of its two threads having memory of its
-    own, and under ZeRO-3 the room of shards as they were before they were laid end to end."""
-    if not job.is_deepspeed:
+    own. A lone rank gathers nothing under ZeRO-3, where no other memory is kept."""
+    if not job.is_deepspeed or (job.is_sharded and job.world_size == 1):
         return 0
-    gathered = GLOO_THREADS * job.e * (shape.num_parameters if job.is_sharded else _trained(shape, job))
-    return gathered + (_weight_bytes(shape, job) if job.is_sharded else 0)
+    return GLOO_THREADS * job.e * (shape.num_parameters if job.is_sharded else _trained(shape, job))
 
 
 def _step_bytes(shape: Shape, job: Job) -> int:

@@ -98,7 +98,7 @@ def project(tmp_path: Path, posttrain: Callable[..., Any], monkeypatch: pytest.M
         write_artifact(directory, attempt)
 
     @contextmanager
-    def open_launcher(*_: object) -> Iterator[Callable[..., None]]:
+    def open_launcher(*_: object, **__: object) -> Iterator[Callable[..., None]]:
         yield finish
 
     monkeypatch.setattr("posttrain.launch.open_launcher", open_launcher)
@@ -604,7 +604,7 @@ def test_a_run_whose_stage_another_process_took_over_ends_at_once(project: Proje
     monkeypatch.setattr(ledger, "HEARTBEAT_S", 0.01)
 
     @contextmanager
-    def open_launcher(*_: object) -> Iterator[Callable[..., None]]:
+    def open_launcher(*_: object, **__: object) -> Iterator[Callable[..., None]]:
         def launch(directory: Path, _: object) -> None:
             path = directory / "lease.json"
             theirs = {**json.loads(path.read_text()), "host": "node7", "machine": "node7", "pid": 5}

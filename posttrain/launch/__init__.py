@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 Launch = Callable[[Path, Attempt], None]
 
 
-def open_launcher(config: LauncherConfig, console: "Console", deadline: float) -> AbstractContextManager[Launch]:
-    """The launcher of that config, made ready. What it runs by itself stops in order before `deadline`, a time of the monotonic
-    clock; a job of a cluster has a time limit of its own."""
+def open_launcher(
+    config: LauncherConfig, console: "Console", deadline: float, *, has_deepspeed: bool = False
+) -> AbstractContextManager[Launch]:
+    """The launcher of that config, made ready, also for stages that train under DeepSpeed where there are any. What it runs by itself
+    stops in order before `deadline`, a time of the monotonic clock; a job of a cluster has a time limit of its own."""
     if isinstance(config, LocalLauncher):
-        return local_launcher(console, deadline)
+        return local_launcher(console, deadline, has_deepspeed=has_deepspeed)
     if isinstance(config, HostsLauncher):
         return hosts_launcher(config, console, deadline)
     return kubernetes_launcher(config, console) if isinstance(config, KubernetesLauncher) else slurm_launcher(config, console)

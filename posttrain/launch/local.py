@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PRELOAD = ["__main__", "posttrain.warm"]
+PRELOAD_DEEPSPEED = ["deepspeed.runtime.zero.muon.muon_optimizer"]
+"""What its engine imports as it is set up, of any optimizer: torch's compiler with it, which takes seconds of each rank."""
 LIBRARIES = {
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
@@ -53,13 +55,13 @@ UNMEASURED_S = 30.0
 
 
 @contextmanager
-def local_launcher(console: "Console", deadline: float) -> Iterator[Callable[[Path, Attempt], None]]:
+def local_launcher(console: "Console", deadline: float, *, has_deepspeed: bool = False) -> Iterator[Callable[[Path, Attempt], None]]:
     """Start the warm parent, whose imports go on in the background, and yield the function that launches a stage.
 
     It raises `Preempted`, its state saved, so that all has ended by `deadline`, a time of the monotonic clock.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload([*PRELOAD, *(PRELOAD_DEEPSPEED if has_deepspeed else ())])
     # Libraries that start threads at import would have them in the parent, where a fork loses them.
     with _environment(**LIBRARIES, POSTTRAIN_DRIVER=str(os.getpid())):
         # What stops a run is for the driver to hear, and the parent inherits this: `timeout` and systemd signal all processes at once,
