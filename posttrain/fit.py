@@ -596,9 +596,11 @@ class OurOrder(Trainer):
             raise Stopped
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.save_state(random_state())
+        is_last = self.is_over or self.state.global_step == self.batches.num_steps
+        # Where another step was better, its weights take the place of these.
+        self.save_state(random_state(), is_final=is_last and self.heldout is None)
 
-    def save_state(self, random: dict[str, Any]) -> None:
+    def save_state(self, random: dict[str, Any], *, is_final: bool) -> None:
         """Save the state after the last whole step, with the random numbers as they were then. All ranks call it."""
         tell("save", self.state.global_step)
         scheduler: Any = self.lr_scheduler
@@ -608,7 +610,7 @@ class OurOrder(Trainer):
             "loss": {"sum": float(self._tr_loss), "since": self._globalstep_last_logged},
             "heldout": [] if self.heldout is None else self.heldout.measured,
         }
-        self.saver.save(self.state.global_step, self._fragments(), said, self.logged)
+        self.saver.save(self.state.global_step, self._fragments(), said, self.logged, is_final=is_final)
 
     def save_weights(self) -> None:
         """Keep the weights as they are now, in place of any that were kept before. All ranks call it."""
@@ -861,7 +863,7 @@ def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: l
             trainer.train()
     except Stopped:
         if trainer.state.global_step:
-            trainer.save_state(trainer.before_step)
+            trainer.save_state(trainer.before_step, is_final=True)
             trainer.saver.wait()
         any_rank(False)  # no rank ends while another still writes
         raise Preempted(f"{context.name} saved its state after step {trainer.state.global_step}") from None

@@ -1,8 +1,9 @@
 """Saving a training run while it goes on, and finding what it can go on from.
 
 A save takes a copy of the state and gives it to a thread, so training waits for the copy only; where memory has no room for
-one, it waits for the disk. Every rank writes its own files, hashes them and says so in its record, and the main rank's thread
-declares the checkpoint whole once all records are there: no rank waits for another in a collective meanwhile.
+one, it waits for the disk. State that changes no more, as after the last step, needs no copy. Every rank writes its own files,
+hashes them and says so in its record, and the main rank's thread declares the checkpoint whole once all records are there: no
+rank waits for another in a collective meanwhile.
 """
 
 import shutil
@@ -61,12 +62,17 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, step: int, fragments: Sequence[state.Fragment], said: dict[str, Any], metrics: Mapping[str, float]) -> None:
-        """Save the state after `step`. All ranks call it; returns once the state may change. Raises `UserError` on a full disk."""
+    def save(
+        self, step: int, fragments: Sequence[state.Fragment], said: dict[str, Any], metrics: Mapping[str, float], *, is_final: bool
+    ) -> None:
+        """Save the state after `step`. All ranks call it; returns once the state may change, which a final one may not before `wait`.
+
+        Raises `UserError` on a full disk.
+        """
         self.wait()
         if self.saved_step == step:
             return
-        self._save(directory_of(self.context.checkpoints, step), step, fragments, said, metrics, self.kept_weights)
+        self._save(directory_of(self.context.checkpoints, step), step, fragments, said, metrics, self.kept_weights, is_final=is_final)
         self.saved_step = step
 
     def save_weights(self, step: int, fragments: Sequence[state.Fragment]) -> None:
@@ -74,7 +80,7 @@ class Saver:
         self.wait()
         self.kept_weights = step
         weights = [replace(fragment, tensors={state.WEIGHT: fragment.tensors[state.WEIGHT]}, scalars={}) for fragment in fragments]
-        self._save(weights_of(self.context.checkpoints, step), step, weights, {}, {}, None)
+        self._save(weights_of(self.context.checkpoints, step), step, weights, {}, {}, None, is_final=False)
 
     def _save(
         self,
@@ -84,6 +90,8 @@ class Saver:
         said: dict[str, Any],
         metrics: Mapping[str, float],
         weights: int | None,
+        *,
+        is_final: bool,
     ) -> None:
         started = time.monotonic()
         context = self.context
@@ -95,7 +103,7 @@ class Saver:
         self._make_room(path, step)
         has_room = psutil.virtual_memory().available > ROOM_FOR_COPY * self.num_bytes
         tensors = {f"{key}:{fragment.name}": tensor for fragment in fragments for key, tensor in fragment.tensors.items()}
-        if has_room:
+        if has_room and not is_final:
             tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
         record = {
             "fragments": {
@@ -128,7 +136,7 @@ class Saver:
         self._thread = threading.Thread(target=work, daemon=True)
         self._thread.start()
         held[0] = time.monotonic() - started
-        if not has_room:
+        if not has_room and not is_final:
             self.wait()
         self.held_s += time.monotonic() - started
 
