@@ -2,7 +2,7 @@
 queries, which are too small for the instructions that do it.
 
 Two to seven times as fast there as `scaled_dot_product_attention`, forward and backward, for rows of 64 to 1,024 tokens. The scores of
-a row exist whole, so long rows are left to the kernel.
+a row exist whole, so rows beyond `LONGEST` are left to the kernel all the same.
 """
 
 from typing import Any
