@@ -653,7 +653,7 @@ def test_how_a_stage_ends_is_the_exit_code(project: Project, monkeypatch: pytest
     ]:
 
         @contextmanager
-        def open_launcher(*_: object, error: BaseException = error) -> Iterator[Callable[..., None]]:
+        def open_launcher(*_: object, error: BaseException = error, **__: object) -> Iterator[Callable[..., None]]:
             def launch(*_: object) -> None:
                 raise error
 

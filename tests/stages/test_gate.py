@@ -130,7 +130,7 @@ def project(tmp_path: Path, posttrain: Cli, monkeypatch: pytest.MonkeyPatch) -> 
     made = Project(tmp_path, posttrain)
 
     @contextmanager
-    def open_launcher(*_: object) -> Iterator[Callable[..., None]]:
+    def open_launcher(*_: object, **__: object) -> Iterator[Callable[..., None]]:
         yield made.finish
 
     monkeypatch.setattr("posttrain.launch.open_launcher", open_launcher)

@@ -291,7 +291,7 @@ def finish(directory: Path, attempt: ledger.Attempt) -> None:
 
 def launch_with(monkeypatch: pytest.MonkeyPatch, launch: Callable[[Path, ledger.Attempt], None]) -> None:
     @contextmanager
-    def open_launcher(*_: object) -> Iterator[Callable[..., None]]:
+    def open_launcher(*_: object, **__: object) -> Iterator[Callable[..., None]]:
         yield launch
 
     monkeypatch.setattr("posttrain.launch.open_launcher", open_launcher)
