@@ -24,7 +24,7 @@ LEFT_BEHIND = {"output", "output.partial", "artifact.json", "checkpoints", "prep
 
 
 @contextmanager
-def _prepare_only(*_: Any) -> Iterator[Callable[[Path, Any], None]]:
+def _prepare_only(*_: Any, **__: Any) -> Iterator[Callable[[Path, Any], None]]:
     def launch(directory: Path, _: Any) -> None:
         _, stage, context = open_context(directory, rank=0, local_rank=0, world_size=1)
         assert stage.prepare is not None
