@@ -595,10 +595,14 @@ class OurOrder(Trainer):
         if any_rank(self.signalled):
             raise Stopped
 
+    @property
+    def is_last_step(self) -> bool:
+        """Whether no step follows the one that was taken last."""
+        return self.is_over or self.state.global_step == self.batches.num_steps
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        is_last = self.is_over or self.state.global_step == self.batches.num_steps
         # Where another step was better, its weights take the place of these.
-        self.save_state(random_state(), is_final=is_last and self.heldout is None)
+        self.save_state(random_state(), is_final=self.is_last_step and self.heldout is None)
 
     def save_state(self, random: dict[str, Any], *, is_final: bool) -> None:
         """Save the state after the last whole step, with the random numbers as they were then. All ranks call it."""
@@ -992,10 +996,7 @@ class Watch(TrainerCallback):
         config: TrainingConfig = self.context.config
         is_due = config.save_minutes is not None and time.monotonic() - self.saved_at > config.save_minutes * 60
         control.should_save = (
-            state.global_step % config.save_steps == 0
-            or state.global_step == self.batches.num_steps
-            or self.trainer.is_over
-            or any_rank(self.context.is_main and is_due)
+            state.global_step % config.save_steps == 0 or self.trainer.is_last_step or any_rank(self.context.is_main and is_due)
         )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
