@@ -220,11 +220,10 @@ def _process_group(context: StageContext[Any]) -> Iterator[None]:
         yield
         return
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    # A rank that fails keeps its connections until it ends, so that it has said why before the others say that they lost it.
+    yield
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def _verify(attempt: Attempt, stage: Stage[Any], context: StageContext[Any]) -> None:

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 from posttrain import disk
 from posttrain.artifact import FILE as ARTIFACT_FILE
 from posttrain.artifact import OUTPUT
-from posttrain.error import EXIT_PREEMPTED, EXIT_USER, STOP_SIGNALS, Preempted, StageFailed, UserError, heed_signals
+from posttrain.error import EXIT_PREEMPTED, EXIT_USER, STOP_SIGNALS, Preempted, StageFailed, heed_signals
 from posttrain.heartbeat import Lookout
+from posttrain.launch.words import raise_words
 from posttrain.ledger import PREFLIGHT_FILE, Attempt, LeaseLost
 from posttrain.progress import Watcher
-from posttrain.worker import ERROR_FILE, Phase, work_ahead, worker
+from posttrain.worker import Phase, work_ahead, worker
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -212,19 +213,13 @@ def _raise_failure(
     codes = [process.exitcode or 0 for process in ranks]
     if not any(codes):
         return
-    logs = attempt.logs(directory)
     # A rank that was killed comes first: what the others then say is only that they lost it.
     for rank, process in enumerate(ranks):
         if codes[rank] < 0 and process not in stopped:
             hint = "; out of memory is the usual reason" if codes[rank] == -signal.SIGKILL else ""
             how = signal.Signals(-codes[rank]).name
             raise lookout.died(rank, f"rank {rank} ended (killed by {how}){hint}")
-    # Who failed first is the reason for what comes after.
-    records = {rank: record for rank in range(len(ranks)) if (record := disk.read_json(logs / ERROR_FILE.format(rank=rank)))}
-    for rank, record in sorted(records.items(), key=lambda entry: entry[1]["time"]):
-        if record["kind"] == "user":
-            raise UserError(record["message"])
-        raise lookout.died(rank, f"rank {rank}: {record['message']}")
+    raise_words(directory, attempt, lookout)
     if EXIT_PREEMPTED in codes:
         raise Preempted(f"stages.{attempt.name} was asked to stop and saved its state")
     dead = next(rank for rank, code in enumerate(codes) if code)

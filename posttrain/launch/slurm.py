@@ -22,16 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from posttrain import disk
 from posttrain.config import SlurmLauncher
 from posttrain.error import EXIT_PREEMPTED, Preempted, StageFailed, UserError, heed_signals
 from posttrain.heartbeat import Lookout, describe, num_fruitless, read_beat
 from posttrain.launch.local import LIBRARIES, POLL_S, SAVE_WITHIN_S
 from posttrain.launch.one_launch import Following, following, is_published
 from posttrain.launch.queue import Queued, Refused, call
+from posttrain.launch.words import raise_words
 from posttrain.ledger import Attempt, LeaseLost
 from posttrain.nodes import check_nodes, python_path, refuse
-from posttrain.worker import CORES, ERROR_FILE
+from posttrain.worker import CORES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -355,15 +355,11 @@ def _raise_failure(directory: Path, attempt: Attempt, code: int, said: Sequence[
     how = first[3] if first else ""
     if how in STOPPED:
         raise Preempted(f"{at} was asked to stop and saved its state")
-    begins = int(re.split("[,-]", first[2])[0]) if first else 0
     if first and not how.startswith("Exited with exit code"):
+        begins = int(re.split("[,-]", first[2])[0])
         hint = "; out of memory is the usual reason" if how == "Killed" else ""
         raise lookout.died(begins, f"rank {first[2]} ended on {first[1]} ({how}){hint}")
-    for rank in sorted(range(attempt.num_processes), key=lambda rank: rank != begins):
-        if record := disk.read_json(logs / ERROR_FILE.format(rank=rank)):
-            if record["kind"] == "user":
-                raise UserError(record["message"])
-            raise lookout.died(rank, f"rank {rank}: {record['message']}")
+    raise_words(directory, attempt, lookout)
     last = said[-1] if said else f"srun ended with exit code {code}"
     raise StageFailed(f"{at}: {last}; the logs are in {logs}")
 

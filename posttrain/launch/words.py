@@ -1,4 +1,4 @@
-"""The words that ranks leave on the shared disk when they fail: for launchers that see no exit codes, or not those of all ranks."""
+"""The words that ranks leave on the shared disk when they fail."""
 
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ def first_words(directory: Path, attempt: Attempt) -> tuple[int, dict[str, Any]]
     return min(records.items(), key=lambda entry: entry[1]["time"], default=None)
 
 
-def raise_words(directory: Path, attempt: Attempt) -> None:
-    """Raise that word, as a launcher does; nothing where there is none."""
+def raise_words(directory: Path, attempt: Attempt, lookout: Lookout | None = None) -> None:
+    """Raise that word, as a launcher does, with what `lookout` has found; nothing where there is none."""
     if first := first_words(directory, attempt):
         rank, record = first
         if record["kind"] == "user":
             raise UserError(record["message"])
-        raise Lookout(directory, attempt, attempt.num_processes).died(rank, f"rank {rank}: {record['message']}")
+        raise (lookout or Lookout(directory, attempt, attempt.num_processes)).died(rank, f"rank {rank}: {record['message']}")

@@ -137,9 +137,11 @@ def test_a_job_that_makes_room_for_a_more_urgent_one_goes_on_after_it(submitted:
     submitted.done("submit", "--only", "sft")
     submitted.meet(3)
     options = ["--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=sleep 1"]
-    urgent = submitted.cluster.on("head", "sbatch", *options).strip()
+    with submitted.cluster.frozen():  # or it may be done before Slurm has looked at its queue again
+        urgent = submitted.cluster.on("head", "sbatch", *options).strip()
+        wait(lambda: "asked to stop" in submitted.log(), "Slurm was to ask for room", submitted.log)
     submitted.finish()
-    assert submitted.cluster.jobs()[urgent] == "COMPLETED"
+    wait(lambda: submitted.cluster.jobs()[urgent] == "COMPLETED", "the urgent job was to end well", submitted.log)
     assert submitted.attempt() == 2
     assert "sft  resume: from the checkpoint of step " in submitted.log()
     assert_same(submitted, reference)
