@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.utils.hub import cached_file
 
 from posttrain import disk
@@ -304,7 +304,7 @@ def _load(
     **options: Any,
 ) -> PreTrainedModel:
     """The model, all of whose weights are there but those that may be `new`; its files are read in `reading`."""
-    with _explain(source, at), giving_memory_back(), reading or contextlib.nullcontext():
+    with _explain(source, at), giving_memory_back(), reading or contextlib.nullcontext(), _reading_shards():
         loaded: Any = auto_class.from_pretrained(
             source.model,
             revision=source.revision,
@@ -325,6 +325,18 @@ def _load(
             f"{at}: {source.model} has no weights for {missing[0]}, one of {len(missing)}; its config.json promises more than is there"
         )
     return model  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _reading_shards() -> Iterator[None]:
+    """Under ZeRO-3, have tensors that are read be whole where they are shared out, and no earlier."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    from posttrain.zero3 import reading
+
+    with reading():
+        yield
 
 
 def loaded_dtype(config: TrainingConfig) -> torch.dtype:
@@ -352,6 +364,7 @@ def stored_dtype(source: ModelSource) -> torch.dtype:
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
+@giving_memory_back()
 def _add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, contract: ChatContract) -> None:
     """Make room for the contract's new tokens; they start as the mean of the old ones (Hewitt, 2021), without noise."""
     if not _brings_tokens(model.config._name_or_path, contract):

@@ -44,6 +44,7 @@ from posttrain.ranks import shares_of_all_ranks
 from posttrain.reward import Reader, load_rewards, open_reader, reward_group, score_groups
 from posttrain.settle import is_sharded
 from posttrain.stage import Input, StageContext
+from posttrain.weights import gathered
 
 Floats = npt.NDArray[np.float64]
 
@@ -195,10 +196,9 @@ def _whole(engine: Any, model: PreTrainedModel) -> Iterator[None]:
     if not is_sharded(model):
         yield
         return
-    import deepspeed
     from trl.models.utils import add_hooks, remove_hooks
 
-    with deepspeed.zero.GatheredParameters(list(engine.parameters())):
+    with gathered(list(engine.parameters())):
         remove_hooks(engine)
         try:
             yield

@@ -39,9 +39,9 @@ def gathered(parameters: Sequence[torch.Tensor], *, modify: bool = False) -> Ite
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         yield
         return
-    import deepspeed
+    from posttrain.zero3 import Whole
 
-    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if modify else None):
+    with Whole(list(parameters), modifier_rank=0 if modify else None):
         yield
 
 
