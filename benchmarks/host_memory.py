@@ -6,7 +6,8 @@ One step of SFT by plain SGD, which keeps no state, on short rows, of a model wi
 parameters. Counted is the anonymous memory of the process that has most, less what it has before the model: pages of files are
 the kernel's to take back. What shards need is counted by hand: 4 bytes of a parameter to load it; with DeepSpeed's own copy and
 the gradient 12 where it is published; each shared out among ranks. With adapters the 4 bytes are
-all, as weights are frozen, and under FSDP2, which keeps neither a copy nor, by then, gradients. The target is 1.3 times that.
+all but for the two tables of tokens, which are trained as the model gets new ones: other weights are frozen. Under FSDP2 they are all,
+as it keeps neither a copy nor, by then, gradients. The target is 1.3 times that.
 
 What does not grow with a model is scaled down with this one: DeepSpeed keeps up to a tenth of the weights gathered, where its default of a
 billion numbers would be all of them, and files of weights have a sixteenth of them, where they would be one or two.
@@ -25,6 +26,7 @@ from measured import run_measured, tree, write_lines
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "posttrain" / "quickstart"
+VOCABULARY, WIDTH = 32000, 2048
 LOAD_BYTES, PUBLISH_BYTES = 4, 12
 """Bytes for each parameter, over all ranks, that shards need by the end of a phase; the first of both if weights are all that is kept."""
 
@@ -35,11 +37,13 @@ def make_model(directory: Path, num_layers: int) -> int:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shutil.copytree(QUICKSTART / "base", directory, ignore=shutil.ignore_patterns("*.safetensors"))
-    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000}
+    shape = {"intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
     known = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     ids = {name: known[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in known}
     torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(LlamaConfig(**shape, **ids, num_hidden_layers=num_layers, tie_word_embeddings=False))
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, **shape, **ids, num_hidden_layers=num_layers, tie_word_embeddings=False)
+    )
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(directory)
     return model.num_parameters()
@@ -90,12 +94,14 @@ def main() -> None:
         run_measured(command, env={"HF_HUB_OFFLINE": "1"}, log=directory / "log", watch=watch)
     before = next(iter(peaks.values()))
     rows: dict[str, Any] = {}
-    needs = {"load model": LOAD_BYTES, "publish": LOAD_BYTES if arguments.lora or arguments.fsdp else PUBLISH_BYTES}
+    num_trained = 0 if arguments.fsdp else 2 * VOCABULARY * WIDTH if arguments.lora else num_parameters
+    needs = {"load model": LOAD_BYTES * num_parameters}
+    needs["publish"] = LOAD_BYTES * num_parameters + (PUBLISH_BYTES - LOAD_BYTES) * num_trained
     for phase, peak in peaks.items():
         rows[phase] = {"peak_bytes": peak - before}
         line = f"{phase:16} {(peak - before) / 2**30:6.2f} GiB"
-        if bytes_each := needs.get(phase):
-            needed = bytes_each * num_parameters / arguments.ranks
+        if whole := needs.get(phase):
+            needed = whole / arguments.ranks
             rows[phase] |= {"needed_bytes": needed, "ratio": (peak - before) / needed}
             line += f", {(peak - before) / needed:.2f} times the {needed / 2**30:.2f} GiB that shards need"
         print(line)
