@@ -65,7 +65,7 @@ from posttrain.ranks import any_rank, of_all_ranks
 from posttrain.recipe import MOST_TOKENS, TrainingConfig
 from posttrain.saver import Saver, find_whole
 from posttrain.sequence import Team, check_heads, team_of
-from posttrain.settle import is_sharded, settle
+from posttrain.settle import is_sharded, num_elements, settle
 from posttrain.share import mesh_to_read_on
 from posttrain.stage import ArtifactKind, Input, StageContext
 from posttrain.state import Fragment, Saved, fragments, random_state, restore, set_random_state
@@ -843,7 +843,9 @@ def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: l
         "optim": config.optim,
     }
     last = find_whole(context, belongs_to)
-    trainer.saver = Saver(context, config.keep, belongs_to)
+    # As with Adam, which keeps most.
+    first_bytes = 12 * sum(num_elements(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad)
+    trainer.saver = Saver(context, config.keep, belongs_to, first_bytes=first_bytes)
     trainer.logged = {}
     if trainer.heldout is not None:
         trainer.heldout.recall([])
@@ -851,7 +853,7 @@ def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: l
         trainer.batches.start_step = trainer.saver.saved_step = last.step
         print(f"resuming from {last.path}", flush=True)
     progress.rewind(last.step if last else 0)
-    progress.phase(TRAIN, num_steps, last.step if last else 0)
+    progress.phase(TRAIN, num_steps, last.step if last else 0, save_s=trainer.saver.takes_s)
     _open_event_files(trainer, context, last)
     setting_up = ExitStack()
     # Until the first step: what an engine and its optimizer are made of is copied about, and would leave holes of that size.
@@ -1021,7 +1023,7 @@ class Watch(TrainerCallback):
                 )
         self.trainer.logged = {name: value for name, value in values.items() if name not in SPEEDS}
         self.progress.metrics(state.global_step, {**values, "epoch": state.epoch})
-        timed = {"step_time_s": values["step_time_s"], "save_s": self.trainer.saver.last_s}
+        timed = {"step_time_s": values["step_time_s"], "save_s": self.trainer.saver.takes_s}
         self.progress.step(state.global_step, loss=self.loss, tokens_per_s=values["tokens_per_s"], **timed)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:

@@ -32,10 +32,10 @@ class Progress:
         self._line = b""
         """The last line of `metrics.jsonl`, as far as this process knows."""
 
-    def phase(self, name: str, num_steps: int = 0, step: int = 0) -> None:
-        """Begin a phase of `num_steps` (0: unknown), at `step`."""
+    def phase(self, name: str, num_steps: int = 0, step: int = 0, **values: float) -> None:
+        """Begin a phase of `num_steps` (0: unknown), at `step`; `values` are known before there is a step."""
         self._phase = name
-        self._state = {"phase": name, "step": step, "num_steps": num_steps}
+        self._state = {"phase": name, "step": step, "num_steps": num_steps, **values}
         self._began = (time.monotonic(), step)
         heartbeat.tell(name, step)
         self._write(force=True)

@@ -39,12 +39,14 @@ SPARE_BYTES = 1 << 24
 """Disk that must be left beside a checkpoint, for logs and records."""
 ROOM_FOR_COPY = 1.5
 """Memory that must be free for the copy, in sizes of it."""
+FIRST_TAKES_S, MOST_TAKES_S, FIRST_BYTES_PER_S = 5.0, 30.0, 50e6
+"""What the first save is taken to need, until it is measured: that long on any disk, and for its bytes on a slow one, within bounds."""
 
 
 class Saver:
     """Saves the state of one trainer, as often as it is asked to."""
 
-    def __init__(self, context: StageContext[Any], keep: KeepPolicy, belongs_to: Mapping[str, Any]) -> None:
+    def __init__(self, context: StageContext[Any], keep: KeepPolicy, belongs_to: Mapping[str, Any], *, first_bytes: int) -> None:
         self.context = context
         self.keep = keep
         self.belongs_to = belongs_to
@@ -53,8 +55,8 @@ class Saver:
         self.num_saves = 0
         self.held_s = 0.0
         """Seconds for which training waited, over all saves."""
-        self.last_s = 0.0
-        """Seconds from the last save's start until it was whole."""
+        self.takes_s = min(MOST_TAKES_S, FIRST_TAKES_S + first_bytes / FIRST_BYTES_PER_S)
+        """Seconds from the last save's start until it was whole; before there is one, what a state of `first_bytes` may take."""
         self.num_bytes = 0
         """Size of the last checkpoint, over all ranks."""
         self.kept_weights: int | None = None
@@ -124,11 +126,11 @@ class Saver:
         def work() -> None:
             try:
                 self._write(path, step, tensors, record, metrics, weights)
-                self.last_s = time.monotonic() - started
+                self.takes_s = time.monotonic() - started
                 if context.is_main:
                     prune(context.checkpoints, self.keep, last=step, weights=kept)
                     size = f"{num_bytes / 1e6:,.1f} MB"
-                    print(f"{what} of step {step}: {size}, training waited {held[0]:.2f} s, whole after {self.last_s:.2f} s", flush=True)
+                    print(f"{what} of step {step}: {size}, training waited {held[0]:.2f} s, whole after {self.takes_s:.2f} s", flush=True)
             except BaseException as error:
                 self._error = error
 

@@ -186,7 +186,7 @@ def _free_bytes(call: Any, model: PreTrainedModel, world_size: int, *, of_all: b
     to_come = bytes_to_come(call, model, world_size)
     if of_all:
         shared = world_size if is_sharded(model) else 1
-        to_come += sum(_numel(parameter) * parameter.element_size() for parameter in model.parameters()) / shared
+        to_come += sum(num_elements(parameter) * parameter.element_size() for parameter in model.parameters()) / shared
     if model.device.type == "cuda":
         return max(0.0, torch.cuda.mem_get_info(model.device)[of_all] - to_come)
     local = min(world_size, torch.cuda.device_count() or world_size)
@@ -200,7 +200,7 @@ def bytes_to_come(call: Any, model: PreTrainedModel, world_size: int) -> float:
     ZeRO shares the moments out among ranks, from stage 2 on gradients too (Rajbhandari et al., 2020, arXiv 1910.02054, fig. 1), and so
     does FSDP; an optimizer that is offloaded has both elsewhere.
     """
-    trained = sum(_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    trained = sum(num_elements(parameter) for parameter in model.parameters() if parameter.requires_grad)
     if fsdp.is_sharded(model):
         return trained * 12 / world_size
     stage = call.zero_optimization_stage() if hasattr(call, "zero_optimization_stage") else 0
@@ -209,7 +209,7 @@ def bytes_to_come(call: Any, model: PreTrainedModel, world_size: int) -> float:
     return trained * (4 / (world_size if stage >= 2 else 1) + 8 / (world_size if stage >= 1 else 1))
 
 
-def _numel(parameter: Any) -> int:
+def num_elements(parameter: Any) -> int:
     """Elements of a parameter as a whole, of which this rank may hold a part."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 

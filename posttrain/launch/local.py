@@ -51,8 +51,6 @@ SAVE_WITHIN_S = 600.0
 presses Ctrl-C again."""
 MARGIN_S = 5.0
 """Seconds of the time limit that are left beside those of a step and of saving."""
-UNMEASURED_S = 30.0
-"""What saving is taken to need before it was measured."""
 
 
 @contextmanager
@@ -178,10 +176,9 @@ def _run_phase(
 
 
 def reserve_s(watcher: Watcher) -> float:
-    """Seconds that it takes to stop in order: the rest of a step, and to save, as both were measured."""
+    """Seconds that it takes to stop in order: the rest of a step, and to save, as the ranks say."""
     state = watcher.state
-    save_s = state.get("save_s") or UNMEASURED_S
-    return float(MARGIN_S + state.get("step_time_s", 0.0) + 1.5 * save_s) if state.get("phase") == "train" else MARGIN_S
+    return float(MARGIN_S + state.get("step_time_s", 0.0) + 1.5 * state.get("save_s", 0.0))
 
 
 def _stop(ranks: list[ForkServerProcess], within_s: float) -> list[ForkServerProcess]:

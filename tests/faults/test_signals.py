@@ -28,6 +28,7 @@ PLACES = [
 ]
 """Stage, phase, and the step of the phase that is done when the signal comes; a phase of short steps may be some steps further."""
 MID_STEP_S = 0.4
+"""Into a step, which takes several times as long."""
 TIME_LIMIT_S = 12
 AT_ONCE_S = 4.0
 """Less than ranks are given to save their state."""
@@ -48,9 +49,9 @@ sources:
   asked: {{data: {here}/asked.jsonl}}
 stages:
   curate: {{inputs: {{data: chat, policy: base}}, steps: [normalize, {{diversity: {{keep: 5000}}}}]}}
-  sft: {{inputs: {{policy: base, data: curate}}, learning_rate: 1e-3, global_batch_size: 192, micro_batch_tokens: 1, max_length: 128,
+  sft: {{inputs: {{policy: base, data: curate}}, learning_rate: 1e-3, global_batch_size: 480, micro_batch_tokens: 1, max_length: 128,
         preflight: {{held_out: 1.0}}}}
-  dpo: {{inputs: {{policy: sft, data: prefs}}, learning_rate: 1e-3, global_batch_size: 96, micro_batch_tokens: 1, max_length: 128,
+  dpo: {{inputs: {{policy: sft, data: prefs}}, learning_rate: 1e-3, global_batch_size: 240, micro_batch_tokens: 1, max_length: 128,
         preflight: {{held_out: 1.0}}}}
   eval: {{inputs: {{policies: [base, sft, dpo], data: [prefs, asked]}}, max_new_tokens: 100}}
 """)

@@ -3,12 +3,16 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from posttrain import disk, progress
+from posttrain.launch.local import reserve_s
 from posttrain.progress import Progress, Watcher, describe
+from posttrain.recipe import KeepPolicy
+from posttrain.saver import Saver
 
 
 def state(directory: Path) -> dict[str, object]:
@@ -98,3 +102,19 @@ def test_without_a_terminal_a_line_is_printed_for_each_phase_and_then_now_and_ag
         watcher.show()
     lines = [line.split("  0:0")[0].strip() for line in out.getvalue().splitlines()]
     assert lines == ["sft: train  1/4", "sft: train  3/4", "sft: publish"]
+
+
+@pytest.mark.parametrize(("num_parameters", "reserved"), [(1_000_000, 12.86), (100_000_000, 48.5), (70_000_000_000, 50.0)])
+def test_of_a_time_limit_is_kept_what_a_first_save_may_take(tmp_path: Path, num_parameters: int, reserved: float) -> None:
+    context: Any = None  # it is not asked before there is something to save
+    saver = Saver(context, KeepPolicy(), {}, first_bytes=12 * num_parameters)
+    watcher = Watcher(tmp_path, "sft", Console(file=io.StringIO()))
+    writing = Progress(tmp_path, is_main=True)
+    for phase, values, expected in (("load model", {}, 5.0), ("train", {"save_s": saver.takes_s}, reserved)):
+        writing.phase(phase, **values)
+        watcher.show()
+        assert reserve_s(watcher) == pytest.approx(expected), phase
+    writing.step(1, step_time_s=2.0, save_s=0.4)
+    writing.phase("publish")
+    watcher.show()
+    assert reserve_s(watcher) == 5.0
