@@ -60,7 +60,7 @@ from posttrain.models import (
     train_new_tokens,
 )
 from posttrain.preflight import fatal_faults, preflight
-from posttrain.progress import Progress
+from posttrain.progress import TRAIN, Progress
 from posttrain.ranks import any_rank, of_all_ranks
 from posttrain.recipe import MOST_TOKENS, TrainingConfig
 from posttrain.saver import Saver, find_whole
@@ -103,8 +103,6 @@ PLAIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmspr
 """Optimizers that can be made of their settings alone; others want the model, or a library of their own."""
 PROJECT = "posttrain"
 """What trackers put runs together under, where the environment says nothing else."""
-TRAIN = "train"
-"""The phase in which steps are taken."""
 SPEEDS = ("tokens_per_s", "trained_tokens_per_s", "step_time_s")
 """Metrics of speed; tokens are those of the samples, those of a pair's prompt counted for each of its answers."""
 
@@ -587,9 +585,9 @@ class OurOrder(Trainer):
         # Held-out samples have numbers of their own.
         samples = self.at_hand[number % len(self.at_hand)] if self.model.training else ()
         tell(TRAIN, self.state.global_step, micro_batch=number, samples=samples)
-        self._stop_if_asked()
+        self.stop_if_asked()
 
-    def _stop_if_asked(self) -> None:
+    def stop_if_asked(self) -> None:
         """Raise `Stopped` on all ranks where any was signalled. All ranks call it before each micro-batch."""
         self.saver.check()
         if any_rank(self.signalled):
@@ -853,7 +851,7 @@ def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: l
         trainer.batches.start_step = trainer.saver.saved_step = last.step
         print(f"resuming from {last.path}", flush=True)
     progress.rewind(last.step if last else 0)
-    progress.phase(TRAIN, num_steps, last.step if last else 0, save_s=trainer.saver.takes_s)
+    progress.phase(TRAIN, num_steps, last.step if last else 0)
     _open_event_files(trainer, context, last)
     setting_up = ExitStack()
     # Until the first step: what an engine and its optimizer are made of is copied about, and would leave holes of that size.
@@ -864,22 +862,26 @@ def fit(trainer: Any, context: StageContext[Any], fitting: Fitting, probe_ids: l
     if config.lora is not None:
         train_new_tokens(trainer.model, fitting.tokenizer, fitting.contract)
     try:
+        # A cluster asks for an end more than once: what is being saved is not cut off by the next time.
         with heed_signals(watch.note_signal):
-            # From the checkpoint of the last step this only loads it: what was cut off then was the publishing.
-            trainer.train()
-    except Stopped:
-        if trainer.state.global_step:
-            trainer.save_state(trainer.before_step, is_final=True)
-            trainer.saver.wait()
-        any_rank(False)  # no rank ends while another still writes
-        raise Preempted(f"{context.name} saved its state after step {trainer.state.global_step}") from None
+            try:
+                # From the checkpoint of the last step this only loads it: what was cut off then was the publishing.
+                trainer.train()
+                trainer.stop_if_asked()
+            except Stopped:
+                if trainer.state.global_step:
+                    trainer.save_state(trainer.before_step, is_final=True)
+                    trainer.saver.wait()
+                any_rank(False)  # no rank ends while another still writes
+                raise Preempted(f"{context.name} saved its state after step {trainer.state.global_step}") from None
     finally:
         _finish_reporting(trainer, context)
     try:
         published = {} if trainer.heldout is None else trainer.heldout.choose()
         _publish(trainer, context, fitting, probe_ids, given, progress)
     finally:
-        trainer.saver.wait()  # the state after the last step: what is cut off from here on is only the publishing
+        with heed_signals(watch.note_signal):
+            trainer.saver.wait()  # the state after the last step: what is cut off from here on is only the publishing
     any_rank(False)
     return {**_final_metrics(context, num_steps, trainer.saver), **published} if context.is_main else {}
 
@@ -992,6 +994,7 @@ class Watch(TrainerCallback):
         self.trained_tokens += trained
         self.steps += 1
         state.epoch = state.global_step * self.batches.global_batch_size / len(self.trainer.lengths)
+        self.progress.step(state.global_step, save_s=self.trainer.saver.takes_s)
         if self.trainer.is_over:
             control.should_training_stop = control.should_log = True
         control.should_evaluate = self.trainer.heldout is not None and self.trainer.heldout.is_due()
@@ -1023,8 +1026,8 @@ class Watch(TrainerCallback):
                 )
         self.trainer.logged = {name: value for name, value in values.items() if name not in SPEEDS}
         self.progress.metrics(state.global_step, {**values, "epoch": state.epoch})
-        timed = {"step_time_s": values["step_time_s"], "save_s": self.trainer.saver.takes_s}
-        self.progress.step(state.global_step, loss=self.loss, tokens_per_s=values["tokens_per_s"], **timed)
+        speeds = {name: values[name] for name in ("tokens_per_s", "step_time_s")}
+        self.progress.step(state.global_step, loss=self.loss, **speeds)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         """Write what was measured on held-out rows; its time is none of the steps'."""

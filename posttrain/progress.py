@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FILE = "progress.json"
+TRAIN = "train"
+"""The phase in which steps of training are taken."""
 WRITE_EVERY_S = 0.5
 PLAIN_LINE_EVERY_S = 10.0
 

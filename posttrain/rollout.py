@@ -31,7 +31,7 @@ from posttrain.data.samples import LeftOut
 from posttrain.data.source import open_source
 from posttrain.engine import Engine
 from posttrain.error import UserError
-from posttrain.fit import TRAIN, Fitting, bare_model
+from posttrain.fit import Fitting, bare_model
 from posttrain.forward import attach, attach_rewards, exact_layouts, score_all, to_batch
 from posttrain.generate import Completion, decode, sample_all
 from posttrain.heartbeat import tell
@@ -40,6 +40,7 @@ from posttrain.metrics.check import Check, read_checks, score
 from posttrain.metrics.generated import is_looping, repetition
 from posttrain.models import load_policy, loaded_dtype, quantization
 from posttrain.policy_losses import divergence, group_advantages, importance_weights, leave_one_out, token_scales
+from posttrain.progress import TRAIN
 from posttrain.ranks import shares_of_all_ranks
 from posttrain.reward import Reader, load_rewards, open_reader, reward_group, score_groups
 from posttrain.settle import is_sharded
@@ -426,14 +427,14 @@ class Rollouts:
         context, trainer, fitting = self.context, self.trainer, self.fitting
         by_length = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
         mine = by_length[context.rank :: context.world_size]
-        trainer._stop_if_asked()
+        trainer.stop_if_asked()
         questions = [prompts[place] for place in mine]
         if self._engine is not None:
             most = -(-len(prompts) // context.world_size)
             found = self._engine.sample(questions, num_return_sequences=num_return_sequences, temperature=temperature, step=step, most=most)
         else:
             found = self._sample(questions, [seeds[place] for place in mine], num_return_sequences, temperature)
-        trainer._stop_if_asked()
+        trainer.stop_if_asked()
         share = {}
         for place, completions in zip(mine, found, strict=True):
             texts = [decode(fitting.tokenizer, each.ids[:-1] if each.ended else each.ids) for each in completions]
@@ -476,7 +477,7 @@ class Rollouts:
         """By the name of each reward, what it gives to each answer, `(B, G)`; not a number where it says nothing."""
         rewards: dict[str, Floats] = {}
         for judge in self.judges:
-            self.trainer._stop_if_asked()
+            self.trainer.stop_if_asked()
             rewards[judge.name] = judge.rate(
                 asked,
                 texts,
@@ -544,7 +545,7 @@ class Rollouts:
         tokens = trainer.batches.micro_batch_tokens
         pieces = cut(prompts, completions, tokens)
         groups = [pair_group(prompts[place], [completions[place][branch].ids for branch in branches]) for place, branches in pieces]
-        trainer._stop_if_asked()
+        trainer.stop_if_asked()
         with trainer.accelerator.autocast():
             if self._is_new:
                 exact_layouts(call, model, [trainer.layout], trainer.longest)

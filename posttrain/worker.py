@@ -46,7 +46,8 @@ WAIT_FOR_PREPARE_S = 24 * 3600
 LOWEST_PRIORITY = 19
 AGAIN_S = 2.0
 
-_is_stopping = threading.Event()
+_is_ending = threading.Event()
+"""Set once it is settled how this process ends: signals change nothing any more."""
 
 
 def worker(directory: Path, phase: Phase, rendezvous: Mapping[str, str]) -> None:
@@ -93,8 +94,10 @@ def work_ahead(directory: Path) -> None:
 
 
 def _stop(signum: int) -> None:
+    if _is_ending.is_set():
+        return
     # What a handler raises is lost where Python calls back from C, in a fork or a destructor: then it is raised again.
-    again = threading.Timer(AGAIN_S, lambda: None if _is_stopping.is_set() else os.kill(os.getpid(), signum))
+    again = threading.Timer(AGAIN_S, lambda: None if _is_ending.is_set() else os.kill(os.getpid(), signum))
     again.daemon = True
     again.start()
     raise Preempted(f"by {signal.Signals(signum).name}")
@@ -147,31 +150,34 @@ def _num_tasks_here() -> int:
 
 def _run(attempt: Attempt, stage: Stage[Any], context: StageContext[Any], phases: list[Phase]) -> int:
     """Run the phases; whatever goes wrong is left in the attempt's logs for the driver to read. Returns the exit code."""
+    # Phases that can save more than what lies on disk already take the signals themselves. None is put back: the process ends with this.
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda signum, _: _stop(signum))
     try:
-        # Phases that can save more than what lies on disk already take the signals themselves.
-        with heed_signals(_stop):
-            try:
-                with disk.explain_disk_errors(context.at):
-                    heartbeat.begin(attempt.logs(context.directory), context.rank, attempt.fingerprint)
-                    for phase in phases:
-                        heartbeat.tell(phase)
-                        if phase == "prepare":
-                            _prepare(attempt, stage, context)
-                        elif phase == "run":
-                            _train(stage, context)
-                        elif context.is_main:
-                            _verify(attempt, stage, context)
-                heartbeat.tell(heartbeat.ENDED)
-                return EXIT_DONE
-            except Preempted as stopped:
-                _is_stopping.set()
-                print(f"stopped: {stopped}", file=sys.stderr)
-                return EXIT_PREEMPTED
+        with disk.explain_disk_errors(context.at):
+            heartbeat.begin(attempt.logs(context.directory), context.rank, attempt.fingerprint)
+            for phase in phases:
+                heartbeat.tell(phase)
+                if phase == "prepare":
+                    _prepare(attempt, stage, context)
+                elif phase == "run":
+                    _train(stage, context)
+                elif context.is_main:
+                    _verify(attempt, stage, context)
+        heartbeat.tell(heartbeat.ENDED)
+        _is_ending.set()
+        return EXIT_DONE
+    except Preempted as stopped:
+        _is_ending.set()
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return EXIT_PREEMPTED
     except UserError as error:
+        _is_ending.set()
         print(f"error: {error}", file=sys.stderr)
         _report(context, attempt, "user", str(error))
         return EXIT_USER
     except BaseException as error:
+        _is_ending.set()
         traceback.print_exc()
         _report(context, attempt, "crash", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
         return EXIT_CRASH

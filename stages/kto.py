@@ -119,7 +119,7 @@ def run(context: StageContext[KTOConfig]) -> dict[str, float]:
             training = bare.training
             bare.eval()
             for part in mine:
-                self._stop_if_asked()
+                self.stop_if_asked()
                 with self.accelerator.autocast():
                     scored = score_batch(model, bare, self.mismatched.groups(part), self.layout, pad=self.pad)
                 total += sum(float((found - self.reference[sample][1]).sum()) for sample, (found,) in zip(part, scored, strict=True))

@@ -443,7 +443,7 @@ def _raise_failure(directory: Path, attempt: Attempt, first: int, codes: Sequenc
             hint = "; out of memory is the usual reason" if code == -signal.SIGKILL else ""
             raise lookout.died(rank, f"rank {rank} ended (killed by {signal.Signals(-code).name}){hint}")
     raise_words(directory, attempt)
-    if EXIT_PREEMPTED in codes:
+    if all(code in (None, 0, EXIT_PREEMPTED) for code in codes):
         raise Preempted(f"stages.{attempt.name} was asked to stop and saved its state")
-    rank, code = next((rank, code) for rank, code in enumerate(codes, first) if code)
+    rank, code = next((rank, code) for rank, code in enumerate(codes, first) if code not in (None, 0, EXIT_PREEMPTED))
     raise lookout.died(rank, f"rank {rank} ended (exit code {code})")

@@ -25,7 +25,7 @@ from posttrain.error import EXIT_PREEMPTED, EXIT_USER, STOP_SIGNALS, Preempted, 
 from posttrain.heartbeat import Lookout
 from posttrain.launch.words import raise_words
 from posttrain.ledger import PREFLIGHT_FILE, Attempt, LeaseLost
-from posttrain.progress import Watcher
+from posttrain.progress import TRAIN, Watcher
 from posttrain.worker import Phase, work_ahead, worker
 
 if TYPE_CHECKING:
@@ -155,8 +155,7 @@ def _run_phase(
         while all(process.exitcode in (None, 0) for process in ranks) and any(process.exitcode is None for process in ranks):
             connection.wait([process.sentinel for process in ranks if process.exitcode is None], timeout=POLL_S)
             watcher.show()
-            if time.monotonic() > deadline - reserve_s(watcher):
-                raise Preempted(f"stages.{attempt.name}: the time limit is near")
+            heed_deadline(attempt.name, watcher, deadline)
             lookout.look()
         if any(process.exitcode not in (None, 0, EXIT_USER, EXIT_PREEMPTED) for process in ranks):
             lookout.examine()
@@ -175,8 +174,19 @@ def _run_phase(
     _raise_failure(directory, attempt, ranks, stopped, lookout)
 
 
+def heed_deadline(name: str, watcher: Watcher, deadline: float) -> None:
+    """Raise `Preempted` once no more time is left before `deadline`, of the monotonic clock, than it takes to stop in order."""
+    if time.monotonic() > deadline - reserve_s(watcher):
+        is_vain = watcher.state.get("phase") == TRAIN and "save_s" not in watcher.state
+        why = ", and left none for a single step: give it longer" if is_vain else ""
+        raise Preempted(f"stages.{name}: the time limit is near{why}")
+
+
 def reserve_s(watcher: Watcher) -> float:
-    """Seconds that it takes to stop in order: the rest of a step, and to save, as the ranks say."""
+    """Seconds that it takes to stop in order: the rest of a step, and to save, as the ranks say.
+
+    They say it from the first step on. Until then there is nothing new to save, and whoever stopped early would begin anew for ever.
+    """
     state = watcher.state
     return float(MARGIN_S + state.get("step_time_s", 0.0) + 1.5 * state.get("save_s", 0.0))
 
@@ -217,9 +227,10 @@ def _raise_failure(
             how = signal.Signals(-codes[rank]).name
             raise lookout.died(rank, f"rank {rank} ended (killed by {how}){hint}")
     raise_words(directory, attempt, lookout)
-    if EXIT_PREEMPTED in codes:
+    # Those that were stopped, because another failed, say nothing about why.
+    dead = next((rank for rank, code in enumerate(codes) if code not in (0, EXIT_PREEMPTED) and ranks[rank] not in stopped), None)
+    if dead is None:
         raise Preempted(f"stages.{attempt.name} was asked to stop and saved its state")
-    dead = next(rank for rank, code in enumerate(codes) if code)
     raise lookout.died(dead, f"rank {dead} ended (exit code {codes[dead]})")
 
 

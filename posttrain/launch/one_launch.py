@@ -1,6 +1,5 @@
 """One launch: what every launcher does whose ranks prepare, train and verify a stage within one start of all processes."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from posttrain.artifact import FILE as ARTIFACT_FILE
 from posttrain.artifact import OUTPUT
-from posttrain.error import Preempted, StageFailed
+from posttrain.error import StageFailed
 from posttrain.heartbeat import Lookout
-from posttrain.launch.local import reserve_s, tell_summary
+from posttrain.launch.local import heed_deadline, tell_summary
 from posttrain.ledger import PREFLIGHT_FILE, Attempt
 from posttrain.progress import Watcher
 
@@ -60,8 +59,7 @@ def following(
             if not is_told and (directory / PREFLIGHT_FILE).is_file():
                 is_told = True
                 tell_summary(directory, console)
-            if time.monotonic() > deadline - reserve_s(watcher):
-                raise Preempted(f"stages.{attempt.name}: the time limit is near")
+            heed_deadline(attempt.name, watcher, deadline)
             lookout.look()
 
         yield Following(look, lookout)

@@ -1,9 +1,11 @@
 """Asked to stop in any phase, a run stops at once and in order, and the same command goes on from there to the same bytes."""
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,25 @@ def test_a_run_that_is_asked_to_stop_in_every_phase_stops_and_goes_on(
         assert not list(chain.root.glob(".prepared/.*.partial-*/rows.arrow")), "what was half made is taken away"
     chain.finish(tmp_path / "log")
     assert not chain.outcome().differences(chains(variant).outcome())
+
+
+def test_ranks_that_are_asked_again_and_again_save_all_the_same(
+    chains: Callable[[str], Chain], posttrain: Callable[..., Ended], tmp_path: Path
+) -> None:
+    chain = chains("zero2").elsewhere(tmp_path / "runs")
+    with started(chain.command, tmp_path / "log") as driver:
+        driver.meet(lambda: chain.is_in("sft", "train", past=1), "training was to be under way")
+        ranks = driver.ranks().values()
+        while driver.poll() is None:  # as `scancel`, srun and the driver of a job do, one after the other
+            for rank in ranks:
+                with suppress(ProcessLookupError):
+                    os.kill(rank, signal.SIGTERM)
+            time.sleep(0.005)
+        stop(driver)
+    last = chain.logged("sft")[-1]["step"]
+    assert actions(posttrain, chain)["sft"]["why"] == f"from the checkpoint of step {last}"
+    chain.finish(tmp_path / "log")
+    assert not chain.outcome().differences(chains("zero2").outcome())
 
 
 def test_ctrl_c_twice_ends_a_run_at_once(chains: Callable[[str], Chain], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from posttrain import disk, progress
-from posttrain.launch.local import reserve_s
+from posttrain.error import Preempted
+from posttrain.launch.local import heed_deadline, reserve_s
 from posttrain.progress import Progress, Watcher, describe
 from posttrain.recipe import KeepPolicy
 from posttrain.saver import Saver
@@ -110,11 +112,29 @@ def test_of_a_time_limit_is_kept_what_a_first_save_may_take(tmp_path: Path, num_
     saver = Saver(context, KeepPolicy(), {}, first_bytes=12 * num_parameters)
     watcher = Watcher(tmp_path, "sft", Console(file=io.StringIO()))
     writing = Progress(tmp_path, is_main=True)
-    for phase, values, expected in (("load model", {}, 5.0), ("train", {"save_s": saver.takes_s}, reserved)):
-        writing.phase(phase, **values)
+    kept = []
+    for phase in ("load model", "train", "publish"):
+        writing.phase(phase, num_steps=1)
         watcher.show()
-        assert reserve_s(watcher) == pytest.approx(expected), phase
-    writing.step(1, step_time_s=2.0, save_s=0.4)
-    writing.phase("publish")
-    watcher.show()
-    assert reserve_s(watcher) == 5.0
+        kept.append(reserve_s(watcher))
+        if phase == "train":
+            writing.step(1, save_s=saver.takes_s)
+            watcher.show()
+            kept.append(reserve_s(watcher))
+    assert kept == pytest.approx([5.0, 5.0, reserved, 5.0])
+
+
+def test_a_time_limit_too_short_for_a_step_says_so(tmp_path: Path) -> None:
+    watcher = Watcher(tmp_path, "sft", Console(file=io.StringIO()))
+    writing = Progress(tmp_path, is_main=True)
+    said = []
+    for began, step in (("load model", 0), ("train", 0), ("train", 1)):
+        writing.phase(began, 1)
+        if step:
+            writing.step(step, save_s=0.1)
+        watcher.show()
+        with pytest.raises(Preempted) as stopped:
+            heed_deadline("sft", watcher, time.monotonic())
+        said.append("longer" in str(stopped.value))
+        heed_deadline("sft", watcher, time.monotonic() + 60.0)
+    assert said == [False, True, False]
