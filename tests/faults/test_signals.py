@@ -25,8 +25,8 @@ PLACES = [
     ("sft", "publish", -1),
     ("dpo", "reference", 0),
     ("dpo", "train", 1),
-    ("eval", "score", 0),
-    ("eval", "generate", 0),
+    ("eval", "score", -1),
+    ("eval", "generate", -1),
 ]
 """Stage, phase, and the step of the phase that is done when the signal comes; a phase of short steps may be some steps further."""
 MID_STEP_S = 0.4
